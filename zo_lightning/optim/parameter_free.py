@@ -1,0 +1,223 @@
+"""The parameter-free step rule: step size and smoothing from the loss gap and the measured curvature.
+
+Where it comes from. The publication of AdaNAGED (arXiv 2606.14970) names the ingredients in its abstract: zeroth-order
+estimates, LMO updates, parameter-free step size *and* smoothing. The form ``step = √(gap / Σ local smoothness)`` is ALIAS's
+(Medyakov et al., arXiv 2506.03725, option II). Its zeroth-order form below, the smoothing, the calibration, the running gap
+and the decay are this project's own construction.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import warnings
+from typing import Any, Literal
+
+from zo_lightning.optim.step_rules import Probe, StepReport, StepRule
+
+__all__ = ["CalibrationError", "ParameterFree"]
+
+_log = logging.getLogger(__name__)
+
+_FIRST_SMOOTHING = 2.0**-14  # far below any useful radius for steps of unit norm; only powers of two times it are tried
+_LAST_SMOOTHING = 2.0**24
+_CALIBRATION_DIRECTIONS = 3
+
+
+class CalibrationError(RuntimeError):
+    """The loss does not respond to the parameters, so no smoothing radius can be found."""
+
+
+class ParameterFree(StepRule):
+    """Step size and smoothing without tuning, for updates of unit norm along the probed direction u.
+
+    With the losses ``f± = f(x ± τu; ξ)`` of one batch ξ::
+
+        c = max(0, (f₊ - 2 f(x; ξ) + f₋) / τ²)    every `interval` steps
+        c̄ = mean of all c so far                  Δ = moving average of (f₊ + f₋)/2, minus f_low
+        γ = √(2 Δ / (N c̄))                         τ = √(2 η Δ / c̄)
+
+    and with the schedule ``"linear"`` γ is multiplied by ``√3 (1 - t/N)``, which leaves Σγ² unchanged. Multiplying the loss by
+    a constant changes nothing. The first step calibrates: τ grows from far below the dtype's resolution until the median
+    rise ``(f₊ + f₋)/2 - f`` over three fresh directions reaches ηΔ, which gives the first c̄.
+
+    Args:
+        total_steps: N, the number of optimizer steps of the run; None if it is unknown, then ``N = t + t₀``.
+        f_low: Lower bound of the loss; 0 for cross-entropy.
+        probe_rise: η, the share of the gap by which a probe may raise the loss.
+        interval: K, steps between measurements of the curvature.
+        schedule: ``"linear"`` or ``"constant"``; without a known N, constant.
+        unknown_horizon: t₀.
+
+    Attributes:
+        curvature: c̄.
+        gap: Δ.
+        calibrated: Whether the first step has been.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        total_steps: int | None = None,
+        *,
+        f_low: float = 0.0,
+        probe_rise: float = 0.01,
+        interval: int = 10,
+        schedule: Literal["linear", "constant"] = "linear",
+        unknown_horizon: int = 1000,
+    ) -> None:
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, or None if unknown, got {total_steps}")
+        if not probe_rise > 0:
+            raise ValueError(f"probe_rise must be positive, got {probe_rise}")
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1 step, got {interval}")
+        if schedule not in ("linear", "constant"):
+            raise ValueError(f"schedule must be 'linear' or 'constant', got {schedule!r}")
+        if unknown_horizon < 1:
+            raise ValueError(f"unknown_horizon must be at least 1 step, got {unknown_horizon}")
+        if not math.isfinite(f_low):
+            raise ValueError(f"f_low must be finite, got {f_low}")
+        self.total_steps = total_steps
+        self.f_low = f_low
+        self.probe_rise = probe_rise
+        self.interval = interval
+        self.schedule = schedule
+        self.unknown_horizon = unknown_horizon
+        self.step_size = 0.0
+        self.smoothing = _FIRST_SMOOTHING
+        self.calibrated = False
+        self._step = 0
+        # sums rather than means: the state is exact whatever the number of resumes
+        self._curvature_sum = 0.0
+        self._curvature_count = 0
+        self._loss_average = 0.0
+        self._loss_count = 0
+
+    @property
+    def curvature(self) -> float:
+        """c̄, the mean clipped second difference so far."""
+        return self._curvature_sum / self._curvature_count if self._curvature_count else 0.0
+
+    @property
+    def gap(self) -> float:
+        """Δ, the running loss minus ``f_low``."""
+        return self._loss_average - self.f_low
+
+    def before_step(self, step: int, probe: Probe) -> bool:
+        """See :meth:`StepRule.before_step`; calibrates if need be.
+
+        Raises:
+            CalibrationError: If the loss is not finite at the start, or does not respond to any smoothing.
+        """
+        self._step = step
+        if not self.calibrated:
+            self._calibrate(probe)
+        self._update_sizes()
+        return step % self.interval == 0
+
+    def after_step(self, report: StepReport) -> None:
+        """See :meth:`StepRule.after_step`."""
+        if not report.finite:
+            return
+        if report.curvature is not None:
+            self._curvature_sum += max(0.0, report.curvature)
+            self._curvature_count += 1
+        self._observe_loss(report.loss)
+
+    def _observe_loss(self, loss: float) -> None:
+        self._loss_count += 1
+        # a plain mean at first, then an exponential one over some fifty steps
+        self._loss_average += (loss - self._loss_average) * max(1 / self._loss_count, 0.02)
+
+    def _update_sizes(self) -> None:
+        """γ and τ from the gap and the curvature; the last ones stay where these say nothing."""
+        gap, curvature = self.gap, self.curvature
+        if gap <= 0 or curvature <= 0:
+            warnings.warn(
+                f"step {self._step}: the loss gap is {gap:.3g} and the mean curvature {curvature:.3g}, so that the last step "
+                f"size stays; is f_low={self.f_low} a lower bound of the loss?",
+                UserWarning,
+                stacklevel=5,
+            )
+            return
+        self.smoothing = math.sqrt(2 * self.probe_rise * gap / curvature)
+        horizon = self.total_steps if self.total_steps is not None else self._step + self.unknown_horizon
+        self.step_size = math.sqrt(2 * gap / (horizon * curvature)) * self._decay()
+
+    def _decay(self) -> float:
+        if self.schedule == "constant" or self.total_steps is None:
+            return 1.0
+        return math.sqrt(3) * max(0.0, 1 - self._step / self.total_steps)
+
+    # ---- calibration ---------------------------------------------------------------------------------------------------
+    def _calibrate(self, probe: Probe) -> None:
+        """Find the τ at which the median rise reaches ηΔ: ×4 from far below, then one bisection."""
+        base = probe.loss()
+        if not math.isfinite(base):
+            raise CalibrationError(
+                f"the loss of the first batch is {base}; check the weights and the data for NaN or infinite values"
+            )
+        if base <= self.f_low:
+            raise CalibrationError(
+                f"the loss of the first batch is {base:.6g}, not above f_low={self.f_low:.6g}; pass a lower bound of the loss"
+            )
+        target = self.probe_rise * (base - self.f_low)
+        tau, forwards = _FIRST_SMOOTHING, 1
+        while True:
+            rises = self._rises(probe, tau, base)
+            forwards += 2 * _CALIBRATION_DIRECTIONS
+            if statistics.median(rises) >= target:
+                break
+            tau *= 4
+            if tau > _LAST_SMOOTHING:
+                raise CalibrationError(
+                    f"the loss ({base:.6g}) does not rise by {self.probe_rise:.0%} along any of {_CALIBRATION_DIRECTIONS} "
+                    f"directions up to a smoothing of {tau / 4:.3g}; does the closure use the optimizer's parameters?"
+                )
+        half = self._rises(probe, tau / 2, base)
+        forwards += 2 * _CALIBRATION_DIRECTIONS
+        if statistics.median(half) >= target:
+            tau, rises = tau / 2, half
+        usable = [2 * rise / tau**2 for rise in rises if math.isfinite(rise)]
+        self._curvature_sum = sum(max(0.0, c) for c in usable)
+        self._curvature_count = len(usable)
+        self._loss_average, self._loss_count = base, 1
+        self.smoothing = tau
+        self.calibrated = True
+        _log.info("calibration: loss %.4g, smoothing %.3g, curvature %.3g, %d forwards", base, tau, self.curvature, forwards)
+
+    def _rises(self, probe: Probe, tau: float, base: float) -> list[float]:
+        """(f₊ + f₋)/2 - f along three fresh directions; an overflow counts as a rise."""
+        rises = []
+        for direction in range(_CALIBRATION_DIRECTIONS):
+            plus, minus = probe.pair(direction, tau)
+            rise = (plus + minus) / 2 - base
+            rises.append(math.inf if math.isnan(rise) else rise)
+        return rises
+
+    # ---- state ---------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`StepRule.state_dict`."""
+        return {
+            "calibrated": self.calibrated,
+            "curvature_sum": self._curvature_sum,
+            "curvature_count": self._curvature_count,
+            "loss_average": self._loss_average,
+            "loss_count": self._loss_count,
+            "step_size": self.step_size,
+            "smoothing": self.smoothing,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`StepRule.load_state_dict`."""
+        self.calibrated = bool(state["calibrated"])
+        self._curvature_sum = float(state["curvature_sum"])
+        self._curvature_count = int(state["curvature_count"])
+        self._loss_average = float(state["loss_average"])
+        self._loss_count = int(state["loss_count"])
+        self.step_size = float(state["step_size"])
+        self.smoothing = float(state["smoothing"])

@@ -1,0 +1,38 @@
+"""Let every evaluation of one step see the same world: random numbers (dropout) and buffers (running statistics)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["World"]
+
+
+class World:
+    """A snapshot of the global random state and of a module's buffers.
+
+    Args:
+        module: Whose buffers to keep; None keeps the random state alone.
+        devices: Devices whose global generator to keep, besides the CPU's.
+    """
+
+    def __init__(self, module: nn.Module | None, devices: Iterable[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = {device: torch.cuda.get_rng_state(device) for device in set(devices) if device.type == "cuda"}
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        if module is not None:
+            self._buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+
+    def rewind(self) -> None:
+        """Put back the random state and the buffers."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        self.restore_buffers()
+
+    def restore_buffers(self) -> None:
+        """Put back the buffers alone, so that the random state goes on as after one evaluation."""
+        for buffer, copy in self._buffers:
+            buffer.copy_(copy)

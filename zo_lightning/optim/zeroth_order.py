@@ -1,0 +1,527 @@
+"""The zeroth-order optimizer: a ``torch.optim.Optimizer`` whose ``step(closure)`` needs forward passes only."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_lightning.optim.directions import Address, Directions, Factors, make_directions
+from zo_lightning.optim.displacement import Displacement
+from zo_lightning.optim.geometry import Geometry, make_geometry
+from zo_lightning.optim.groups import GeometryMap, GeometrySpec
+from zo_lightning.optim.interrupts import deferred_interrupt
+from zo_lightning.optim.randomness import generator
+from zo_lightning.optim.rounding import round_stochastically
+from zo_lightning.optim.step_rules import Probe, StepReport, StepRule
+from zo_lightning.optim.updates import Update, make_update
+from zo_lightning.optim.world import World
+
+__all__ = ["NonFiniteLossError", "ZerothOrder"]
+
+Closure = Callable[[], Any]
+
+
+class NonFiniteLossError(RuntimeError):
+    """Too many steps in a row had a loss that is NaN or infinite."""
+
+
+@dataclass
+class _Evaluations:
+    """Losses of one step; all tensors stay on their device until :meth:`ZerothOrder._read`."""
+
+    plus: list[Tensor] = field(default_factory=list)
+    minus: list[Tensor] = field(default_factory=list)
+    base: Tensor | None = None
+
+
+class ZerothOrder(torch.optim.Optimizer):
+    """Zeroth-order optimizer: directions × update rule × step rule.
+
+    A step evaluates ``closure() -> loss`` (no backward) at ``x ± τu`` and moves the parameters along u. After the probes every
+    weight is bit for bit what it was; the update is the only thing ever written. One call of :meth:`step` is one batch.
+
+    Works on any PyTorch model::
+
+        optimizer = ZerothOrder(model.named_parameters(), lr=1e-3, smoothing=1e-3).attach(model)
+        loss = optimizer.step(lambda: criterion(model(x), y))
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or groups of either. Directions depend on the names; parameters without a
+            name are numbered. Groups without a ``geometry`` are split by ``geometry``.
+        lr: Step size γ: the length of a step in the group's norm (``update="lmo"``) or the learning rate η (``"sgd"``).
+        smoothing: Smoothing radius τ of the probes, in the same norm.
+        directions: ``"low_rank"``, ``"gaussian"``, ``"rademacher"``, ``"sphere"``, or a :class:`Directions`.
+        rank: Rank of low-rank directions.
+        interval: Steps ν for which the right factor of low-rank directions is held.
+        geometry: Overrides of the default map from parameters to geometries, by kind (``matrix``, ``embedding``, ``vector``)
+            or name pattern; see :class:`GeometryMap`.
+        update: ``"lmo"`` (normalised steps) or ``"sgd"``.
+        num_directions: Directions q per step; each costs ``sides`` forwards. More than one, or momentum, use an estimate per
+            parameter made when it is updated; only momentum is stored.
+        sides: 2 for central differences, 1 for one-sided ones (one shared forward at x).
+        momentum: β of the moving average of estimates, in [0, 1).
+        weight_decay: Decoupled weight decay λ: ``x ← x - lr λ x``.
+        seed: Seed of all directions.
+        step_rule: Sets ``lr`` and ``smoothing`` before each step, for example :class:`ParameterFree`.
+        max_nonfinite: This many steps in a row with a NaN or infinite loss raise :class:`NonFiniteLossError`.
+
+    Attributes:
+        last: What the last step measured, a :class:`StepReport`.
+        forwards: Batch losses evaluated so far.
+
+    Raises:
+        ValueError: If an argument is out of its range, or a geometry cannot be combined with the directions.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        smoothing: float = 1e-3,
+        *,
+        directions: str | Directions = "low_rank",
+        rank: int = 1,
+        interval: int = 50,
+        geometry: Mapping[str, GeometrySpec] | None = None,
+        update: str | Update = "lmo",
+        num_directions: int = 1,
+        sides: int = 2,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        step_rule: StepRule | None = None,
+        max_nonfinite: int = 10,
+    ) -> None:
+        _check("lr", lr, lr >= 0 and math.isfinite(lr), "a finite number >= 0")
+        _check("smoothing", smoothing, smoothing > 0 and math.isfinite(smoothing), "a finite number > 0")
+        _check("num_directions", num_directions, num_directions >= 1, "at least 1")
+        _check("sides", sides, sides in (1, 2), "1 or 2")
+        _check("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
+        _check("weight_decay", weight_decay, weight_decay >= 0, ">= 0")
+        _check("max_nonfinite", max_nonfinite, max_nonfinite >= 1, "at least 1")
+        self.directions = make_directions(directions, rank=rank, interval=interval)
+        self.update = make_update(update)
+        self.step_rule = step_rule
+        self.max_nonfinite = max_nonfinite
+        self.last: StepReport | None = None
+        defaults = {
+            "lr": lr,
+            "smoothing": smoothing,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "num_directions": num_directions,
+            "sides": sides,
+            "seed": seed,
+            "step": 0,
+            "forwards": 0,
+            "nonfinite": 0,
+            "directions": self.directions.signature(),
+        }
+        super().__init__(_named_groups(params, GeometryMap(geometry, directions=self.directions)), defaults)
+        self._module: nn.Module | None = None
+        self._displacement: Displacement | None = None
+        self._drawn: dict[tuple[int, nn.Parameter], Tensor | Factors] = {}
+
+    # ---- set-up --------------------------------------------------------------------------------------------------------
+    def attach(self, module: nn.Module) -> ZerothOrder:
+        """Show displaced weights to ``module``'s forwards instead of moving the parameters in place.
+
+        Args:
+            module: Contains all parameters; the closure must run its submodules' forwards.
+
+        Returns:
+            The optimizer itself.
+
+        Raises:
+            ValueError: If ``module`` lacks one of the parameters.
+        """
+        self._displacement = Displacement(self._named_parameters(), module)
+        self._module = module
+        return self
+
+    @property
+    def forwards(self) -> int:
+        """Batch losses evaluated so far, calibration and curvature included."""
+        return int(self.param_groups[0]["forwards"])
+
+    @property
+    def step_index(self) -> int:
+        """Steps taken so far; the next step's directions are a function of it."""
+        return int(self.param_groups[0]["step"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; a step rule given to the constructor is loaded too.
+
+        Raises:
+            ValueError: If the state was made with other directions, under which the run could not go on as it was.
+        """
+        state = dict(state_dict)
+        rule = state.pop("step_rule", None)
+        theirs, ours = state["param_groups"][0].get("directions"), self.directions.signature()
+        if theirs != ours:
+            raise ValueError(f"the checkpoint was made with directions {theirs}, this run has {ours}; use the same ones")
+        super().load_state_dict(state)
+        if rule is not None and self.step_rule is not None:
+            self.step_rule.load_state_dict(rule)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of ``torch.optim.Optimizer`` plus the step rule's."""
+        state = super().state_dict()
+        if self.step_rule is not None:
+            state["step_rule"] = self.step_rule.state_dict()
+        return state
+
+    # ---- the step ------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+        """Probe, and move the parameters once.
+
+        Args:
+            closure: Evaluates the model on the step's batch and returns the loss, a scalar or the losses per example (any
+                shape, mean taken in float32). No backward.
+
+        Returns:
+            The mean of the losses seen at the probes, a scalar tensor.
+
+        Raises:
+            TypeError: If ``closure`` is missing or does not return a tensor.
+            NonFiniteLossError: See ``max_nonfinite``.
+        """
+        if closure is None:
+            raise TypeError("ZerothOrder.step needs a closure that evaluates the loss: optimizer.step(lambda: loss(batch))")
+        evaluate = self._evaluator(closure)
+        self._drawn.clear()
+        self._locate()
+        head = self.param_groups[0]
+        before = head["forwards"]
+        if not self._mechanism.observed:
+            self._mechanism.observe(evaluate)
+        want_curvature = False
+        multiplier = 1.0
+        if self.step_rule is not None:
+            want_curvature = self.step_rule.before_step(self.step_index, _Prober(self, evaluate))
+            multiplier = self._assign_sizes()
+        seen = self._probe(evaluate, want_curvature)
+        report = self._read(seen)
+        report.lr = head["lr"] * multiplier
+        report.smoothing = head["smoothing"]
+        if report.finite:
+            with deferred_interrupt():
+                self._apply(report, multiplier)
+                torch.clear_autocast_cache()
+        self._drawn.clear()
+        self._count_nonfinite(report)
+        for group in self.param_groups:
+            group["step"] += 1
+        report.forwards = head["forwards"] - before
+        if self.step_rule is not None:
+            self.step_rule.after_step(report)
+        self.last = report
+        return torch.stack([*seen.plus, *seen.minus]).mean() if seen.minus else torch.stack(seen.plus).mean()
+
+    @property
+    def _mechanism(self) -> Displacement:
+        if self._displacement is None:
+            self._displacement = Displacement(self._named_parameters())
+        return self._displacement
+
+    def _evaluator(self, closure: Closure) -> Callable[[], Tensor]:
+        """Wrap the closure: same random numbers and buffers each time, losses counted and in float32 or wider."""
+        devices = {p.device for group in self.param_groups for p in group["params"]}
+        world = World(self._module, devices)
+        calls = 0
+
+        def evaluate() -> Tensor:
+            nonlocal calls
+            if calls:
+                world.rewind()
+            calls += 1
+            loss = closure()
+            world.restore_buffers()
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"the closure must return the loss as a tensor, got {type(loss).__name__}")
+            for group in self.param_groups:
+                group["forwards"] += 1
+            return loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).reshape(-1)
+
+        return evaluate
+
+    def _probe(self, evaluate: Callable[[], Tensor], want_curvature: bool) -> _Evaluations:
+        head = self.param_groups[0]
+        tau = head["smoothing"]
+        seen = _Evaluations()
+        if head["sides"] == 1 or want_curvature:
+            with self._mechanism.at():
+                seen.base = evaluate()
+        for query in range(head["num_directions"]):
+            seen.plus.append(self._losses_at(evaluate, query, tau))
+            if head["sides"] == 2 or (want_curvature and query == 0):
+                seen.minus.append(self._losses_at(evaluate, query, -tau))
+        return seen
+
+    def _losses_at(self, evaluate: Callable[[], Tensor], query: int, tau: float) -> Tensor:
+        """Losses at x + τ u, with the weights only read."""
+        scales = self._scales(query)
+
+        def shift(parameter: nn.Parameter) -> Tensor:
+            return _displaced(parameter, self._direction(parameter, query, scales), tau)
+
+        with self._mechanism.at(shift):
+            return evaluate()
+
+    def _read(self, seen: _Evaluations) -> StepReport:
+        """Bring the step's numbers to the host, in one synchronisation."""
+        head = self.param_groups[0]
+        tau = head["smoothing"]
+        columns: list[Tensor] = [x.mean() for x in (*seen.plus, *seen.minus)]
+        base = seen.base
+        if base is not None:
+            columns.append(base.mean())
+        other = seen.minus if head["sides"] == 2 else [base] * len(seen.plus)
+        span = 2 * tau if head["sides"] == 2 else tau
+        for plus, minus in zip(seen.plus, other, strict=True):
+            assert minus is not None
+            columns.append(_cross_validated_gain((plus - minus) / span))
+        values = torch.stack([c.double() for c in columns]).tolist()
+        q = len(seen.plus)
+        losses, values = values[: q + len(seen.minus)], values[q + len(seen.minus) :]
+        f0 = values.pop(0) if base is not None else None
+        f_plus, f_minus = losses[:q], losses[q:]
+        reference = f_minus if head["sides"] == 2 else [f0] * q
+        slopes = [(a - b) / span for a, b in zip(f_plus, reference, strict=True)]
+        curvature = None
+        if f0 is not None and f_minus:
+            curvature = (f_plus[0] - 2 * f0 + f_minus[0]) / tau**2
+        everything = [*losses, *([f0] if f0 is not None else [])]
+        return StepReport(
+            step=self.step_index,
+            loss=sum(losses) / len(losses),
+            slopes=slopes,
+            gain=sum(values) / q,
+            curvature=curvature,
+            finite=all(math.isfinite(x) for x in everything),
+        )
+
+    def _apply(self, report: StepReport, multiplier: float) -> None:
+        """Write the update, the only time in a step that the weights are written."""
+        head = self.param_groups[0]
+        q = head["num_directions"]
+        scales = [self._scales(query) for query in range(q)]
+        for group in self.param_groups:
+            geometry = _geometry(group)
+            lr = group["lr"] * multiplier
+            simple = q == 1 and not group["momentum"]
+            scale = None
+            if not simple and geometry.coupled and self.update.normalised:
+                # the oracle needs the norm of the whole group's estimate: a pre-pass
+                squares = [self._estimate(p, group, report.slopes, scales, store=False).square().sum() for p in group["params"]]
+                scale = geometry.coupling(torch.stack(squares).sum())
+            for parameter in group["params"]:
+                if simple:
+                    u = self._direction(parameter, 0, scales[0])
+                    delta = u if isinstance(u, Tensor) else u.dense()
+                    delta = delta * (-lr * self.update.coefficient(report.slopes[0]))
+                else:
+                    estimate = self._estimate(parameter, group, report.slopes, scales, store=True)
+                    delta = self.update.step(estimate, geometry, scale) * lr
+                self._write(parameter, delta, 1 - lr * group["weight_decay"])
+
+    def _estimate(
+        self,
+        parameter: nn.Parameter,
+        group: dict[str, Any],
+        slopes: list[float],
+        scales: list[dict[int, Tensor]],
+        *,
+        store: bool,
+    ) -> Tensor:
+        """The averaged estimate ``mean_i ρ_i u_i`` of one parameter, through its momentum if it has one (float32)."""
+        total = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        for query, slope in enumerate(slopes):
+            u = self._direction(parameter, query, scales[query])
+            dense = u if isinstance(u, Tensor) else u.dense().reshape(parameter.shape)
+            total.add_(dense, alpha=slope / len(slopes))
+        beta = group["momentum"]
+        if not beta:
+            return total
+        old = self.state[parameter].get("momentum_buffer")
+        average = total.mul_(1 - beta) if old is None else total.mul_(1 - beta).add_(old, alpha=beta)
+        if store:
+            self.state[parameter]["momentum_buffer"] = average
+        return average
+
+    def _write(self, parameter: nn.Parameter, delta: Tensor, decay: float) -> None:
+        wide = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+        wide = wide * decay + delta.reshape(parameter.shape) if decay != 1 else wide + delta.reshape(parameter.shape)
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            name, head = self._place[parameter][0], self.param_groups[0]
+            source = generator(head["seed"], head["step"], name, "rounding", device=parameter.device)
+            wide = round_stochastically(wide, parameter.dtype, source)
+        parameter.data.copy_(wide)
+
+    # ---- directions -------------------------------------------------------------------------------------------------
+    def _direction(self, parameter: nn.Parameter, query: int, scales: dict[int, Tensor]) -> Tensor | Factors:
+        """The direction u to probe ``parameter`` along: drawn anew at each use, unless it is small enough to keep for the step."""
+        small = self.directions.low_rank  # factors and vectors
+        if small and (query, parameter) in self._drawn:
+            return self._drawn[query, parameter]
+        name, index = self._place[parameter]
+        head = self.param_groups[0]
+        z = self.directions.draw(Address(head["seed"], head["step"], name, query), parameter.shape, parameter.device)
+        u = self.update.probe(z, self._geometries[index], scales.get(index))
+        if small:
+            self._drawn[query, parameter] = u
+        return u
+
+    def _scales(self, query: int) -> dict[int, Tensor]:
+        """One over the Euclidean norm of z, for each group whose directions or geometry are coupled (a pre-pass)."""
+        head = self.param_groups[0]
+        scales = {}
+        for index, group in enumerate(self.param_groups):
+            if self._needs_scale(index):
+                squares = []
+                for parameter in group["params"]:
+                    address = Address(head["seed"], head["step"], self._place[parameter][0], query)
+                    z = self.directions.draw(address, parameter.shape, parameter.device)
+                    squares.append((z.left if isinstance(z, Factors) else z).square().sum())
+                scales[index] = torch.stack([s.to(squares[0].device) for s in squares]).sum().rsqrt()
+        return scales
+
+    def _needs_scale(self, index: int) -> bool:
+        if self.update.normalised:
+            return self._geometries[index].coupled
+        return self.directions.coupled
+
+    def _locate(self) -> None:
+        """Refresh the names and geometries by parameter: param groups are plain data that others may change."""
+        self._geometries = [_geometry(group) for group in self.param_groups]
+        self._place = {
+            parameter: (name, index)
+            for index, group in enumerate(self.param_groups)
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            name: parameter
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }
+
+    def _assign_sizes(self) -> float:
+        """Write the rule's step size and smoothing into the groups.
+
+        Returns:
+            What to multiply a group's ``lr`` by. An LR scheduler (known by the ``initial_lr`` it leaves) owns ``lr``: it then
+            holds the schedule, and the rule's step size is the multiplier.
+        """
+        assert self.step_rule is not None
+        multiplier = 1.0
+        for group in self.param_groups:
+            beta = group["momentum"]
+            # averaged steps are correlated: this keeps the variance of their sum what it is without momentum
+            step_size = self.step_rule.step_size * math.sqrt((1 - beta) / (1 + beta))
+            group["smoothing"] = self.step_rule.smoothing
+            if group.get("initial_lr"):
+                multiplier = step_size / group["initial_lr"]
+            else:
+                group["lr"] = step_size
+        return multiplier
+
+    def _count_nonfinite(self, report: StepReport) -> None:
+        head = self.param_groups[0]
+        count = 0 if report.finite else head["nonfinite"] + 1
+        for group in self.param_groups:
+            group["nonfinite"] = count
+        if report.finite:
+            return
+        if count >= self.max_nonfinite:
+            raise NonFiniteLossError(
+                f"the loss was NaN or infinite in {count} steps in a row (last: {report.loss} at step {report.step}); "
+                "the weights are those of the last good step. Check the data and the model's own loss, or use a wider "
+                "precision"
+            )
+        warnings.warn(
+            f"step {report.step}: the loss is {report.loss}; the update is skipped ({count} in a row)",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+class _Prober(Probe):
+    """Losses at and around the current point for a step rule."""
+
+    def __init__(self, optimizer: ZerothOrder, evaluate: Callable[[], Tensor]) -> None:
+        self._optimizer, self._evaluate = optimizer, evaluate
+
+    def loss(self) -> float:
+        with self._optimizer._mechanism.at():
+            return float(self._evaluate().mean().double())
+
+    def pair(self, direction: int, smoothing: float) -> tuple[float, float]:
+        # negative queries: directions that no step uses
+        plus, minus = (
+            self._optimizer._losses_at(self._evaluate, -1 - direction, tau).mean().double() for tau in (smoothing, -smoothing)
+        )
+        values = torch.stack([plus, minus]).tolist()
+        return values[0], values[1]
+
+
+def _displaced(parameter: nn.Parameter, u: Tensor | Factors, tau: float) -> Tensor:
+    """``parameter + τ u`` as a new tensor of the parameter's dtype; the sum is taken in float32 or wider."""
+    weight = parameter.detach()
+    if isinstance(u, Factors):
+        matrix = weight.reshape(u.left.shape[0], -1)
+        dtype = weight.dtype
+        return torch.addmm(matrix, u.left.to(dtype), u.right.to(dtype).T, alpha=tau).reshape(weight.shape)
+    return (weight + tau * u).to(weight.dtype)
+
+
+def _cross_validated_gain(slopes: Tensor) -> Tensor:
+    """``(1/n) Σ_i sign(ρ̄_{-i}) ρ_i``: an unbiased estimate of the gain along the chosen sign (design.md §6).
+
+    With one loss for the whole batch there is nothing to leave out and |ρ| is returned, which is biased upwards.
+    """
+    n = slopes.numel()
+    if n < 2:
+        return slopes.abs().mean()
+    rest = (slopes.sum() - slopes) / (n - 1)
+    return (rest.sign() * slopes).mean()
+
+
+def _geometry(group: dict[str, Any]) -> Geometry:
+    return make_geometry(group["geometry"], group["radius"], group["transposed"])
+
+
+def _named_groups(params: Iterable[Any], geometry: GeometryMap) -> list[dict[str, Any]]:
+    """Give every parameter a name and every group a geometry."""
+    given = list(params)
+    if not given:
+        raise ValueError("the optimizer got an empty parameter list")
+    groups = given if isinstance(given[0], dict) else [{"params": given}]
+    result: list[dict[str, Any]] = []
+    count = 0
+    for group in groups:
+        members = group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        named = []
+        for member in members:
+            named.append(member if isinstance(member, tuple) else (f"parameter.{count}", member))
+            count += 1
+        options = {key: value for key, value in group.items() if key != "params"}
+        if "geometry" in options:
+            result.append({"transposed": False, "radius": 1.0, **options, "params": named})
+        else:
+            result.extend({**part, **options} for part in geometry.split(named))
+    return result
+
+
+def _check(name: str, value: Any, right: bool, expected: str) -> None:
+    if not right:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
