@@ -1,1 +1,10 @@
+"""Lightning callbacks: the parameter-free rule, and what a run shows of itself."""
 
+from zo_lightning.callbacks.adanaged import AdaNAGED
+from zo_lightning.callbacks.forecast import Forecast
+from zo_lightning.callbacks.predictions import PredictionWriter
+from zo_lightning.callbacks.progress import ZOProgressBar
+from zo_lightning.callbacks.summary import MetricsTable
+from zo_lightning.callbacks.validation import SpacedValidation
+
+__all__ = ["AdaNAGED", "Forecast", "MetricsTable", "PredictionWriter", "SpacedValidation", "ZOProgressBar"]

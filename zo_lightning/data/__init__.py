@@ -1,1 +1,54 @@
+"""Tasks, their data, and batches for scoring candidates."""
 
+from zo_lightning.data.batching import LengthBatchSampler, ShuffleSampler
+from zo_lightning.data.collate import ScoringBatch, ScoringCollator, num_candidates
+from zo_lightning.data.datamodule import PromptClassificationDataModule
+from zo_lightning.data.dataset import Example, PromptDataset
+from zo_lightning.data.errors import DataError
+from zo_lightning.data.loader import ResumableDataLoader
+from zo_lightning.data.sources import SourceSplit, load_split
+from zo_lightning.data.splits import sample_eval, split_train_dev
+from zo_lightning.data.tasks import (
+    CB,
+    RTE,
+    SST2,
+    WSC,
+    BoolQ,
+    ClassificationTask,
+    MultiRC,
+    WiC,
+    get_task,
+    list_tasks,
+    register_task,
+)
+from zo_lightning.data.tokenization import EncodedPrompt, encode_prompts
+
+__all__ = [
+    "CB",
+    "RTE",
+    "SST2",
+    "WSC",
+    "BoolQ",
+    "ClassificationTask",
+    "DataError",
+    "EncodedPrompt",
+    "Example",
+    "LengthBatchSampler",
+    "MultiRC",
+    "PromptClassificationDataModule",
+    "PromptDataset",
+    "ResumableDataLoader",
+    "ScoringBatch",
+    "ScoringCollator",
+    "ShuffleSampler",
+    "SourceSplit",
+    "WiC",
+    "encode_prompts",
+    "get_task",
+    "list_tasks",
+    "load_split",
+    "num_candidates",
+    "register_task",
+    "sample_eval",
+    "split_train_dev",
+]

@@ -1,1 +1,18 @@
+"""LightningModules that train with forward passes only."""
 
+from zo_lightning.modules.base import ZOModule
+from zo_lightning.modules.classification import CausalLMClassificationModule
+from zo_lightning.modules.errors import ModelError
+from zo_lightning.modules.pretrained import load_causal_lm, weights_dtype
+from zo_lightning.modules.scoring import candidate_log_likelihoods, candidate_scores, classification_losses
+
+__all__ = [
+    "CausalLMClassificationModule",
+    "ModelError",
+    "ZOModule",
+    "candidate_log_likelihoods",
+    "candidate_scores",
+    "classification_losses",
+    "load_causal_lm",
+    "weights_dtype",
+]

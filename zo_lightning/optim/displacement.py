@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from zo_lightning.optim.interrupts import deferred_interrupt
+from zo_lightning.optim.scaling import Activity
 
 __all__ = ["Displacement"]
 
@@ -55,6 +56,8 @@ class Displacement:
         self._in_place = list(parameters.values())
         self._active: dict[tuple[nn.Module, str], nn.Parameter] = {}
         self.observed = module is None
+        self.activity: dict[nn.Parameter, Activity] = {}
+        """Sizes of the inputs and outputs of each parameter's module, seen by :meth:`observe`."""
         if module is None:
             return
         owned: set[nn.Parameter] = set()
@@ -85,12 +88,16 @@ class Displacement:
         Returns:
             What ``evaluate`` returned.
         """
-        called: set[nn.Module] = set()
+        called: dict[nn.Module, Activity] = {}
         escapes = _Escapes(set(self._names))
         aliases = {parameter: parameter.detach() for parameter in self._names}  # made outside the observed region
         with self._swapped(aliases.__getitem__, called), escapes:
             result = evaluate()
-        seen = {p for module, own in self._owners if module in called for p in own.values()}
+        self.activity = {}
+        for module, own in self._owners:
+            for parameter in own.values() if module in called else ():
+                self.activity.setdefault(parameter, called[module])
+        seen = set(self.activity)
         unused = [p for p in self._names if p not in seen and p not in escapes.found]
         escaped = [p for p in self._names if p in escapes.found]
         self._in_place = escaped + unused
@@ -121,7 +128,7 @@ class Displacement:
 
     # ---- mechanisms ----------------------------------------------------------------------------------------------------
     @contextmanager
-    def _swapped(self, shift: Shift, called: set[nn.Module] | None = None) -> Iterator[None]:
+    def _swapped(self, shift: Shift, called: dict[nn.Module, Activity] | None = None) -> Iterator[None]:
         """Scratch tensors in the modules' parameter slots, each from the start to the end of its module's forward."""
         depth: dict[nn.Module, int] = {}
         handles: list[RemovableHandle] = []
@@ -129,13 +136,15 @@ class Displacement:
         def enter(module: nn.Module, own: dict[str, nn.Parameter]) -> None:
             depth[module] = depth.get(module, 0) + 1
             if called is not None:
-                called.add(module)
+                called.setdefault(module, Activity(module))
             if depth[module] == 1:  # a module may call itself
                 for key, parameter in own.items():
                     self._active[module, key] = parameter
                     module._parameters[key] = shift(parameter)  # type: ignore[assignment]
 
-        def leave(module: nn.Module, own: dict[str, nn.Parameter]) -> None:
+        def leave(module: nn.Module, args: Any, output: Any, own: dict[str, nn.Parameter]) -> None:
+            if called is not None:
+                called[module].record(args, output)
             depth[module] = depth.get(module, 1) - 1
             if depth[module] == 0:
                 for key, parameter in own.items():
@@ -145,7 +154,7 @@ class Displacement:
         try:
             for module, own in self._owners:
                 handles.append(module.register_forward_pre_hook(lambda m, _, own=own: enter(m, own), prepend=True))
-                handles.append(module.register_forward_hook(lambda m, _, __, own=own: leave(m, own), always_call=True))
+                handles.append(module.register_forward_hook(lambda m, x, y, own=own: leave(m, x, y, own), always_call=True))
             yield
         finally:
             with deferred_interrupt():

@@ -64,7 +64,7 @@ class Geometry(ABC):
 
         Where a member is zero every feasible point is a minimiser; zero is returned.
         """
-        scale = self.coupling(torch.stack([g.float().square().sum() for g in tensors]).sum()) if self.coupled else None
+        scale = self.coupling(torch.stack([_wide(g).square().sum() for g in tensors]).sum()) if self.coupled else None
         return [self._negative(self.extreme_point(g, scale)) for g in tensors]
 
     # ---- members -------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class Geometry(ABC):
     def _negative(point: Tensor | Factors) -> Tensor:
         return -(point.dense() if isinstance(point, Factors) else point)
 
-    def _aspect(self, shape: torch.Size) -> float:
+    def aspect(self, shape: torch.Size) -> float:
         """√(m/n) with m = out and n = in of the weight seen as a matrix (1 for vectors)."""
         if len(shape) < 2:
             return 1.0
@@ -116,19 +116,19 @@ class Euclidean(Geometry):
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """See :meth:`Geometry.norm`."""
-        return torch.stack([x.float().square().sum() for x in tensors]).sum().sqrt() / self.radius
+        return torch.stack([_wide(x).square().sum() for x in tensors]).sum().sqrt() / self.radius
 
     def dual_norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """See :meth:`Geometry.dual_norm`."""
-        return torch.stack([g.float().square().sum() for g in tensors]).sum().sqrt() * self.radius
+        return torch.stack([_wide(g).square().sum() for g in tensors]).sum().sqrt() * self.radius
 
     def member_norm(self, x: Tensor) -> Tensor:
         """See :meth:`Geometry.member_norm`."""
-        return x.float().norm()
+        return _wide(x).norm()
 
     def member_dual_norm(self, g: Tensor) -> Tensor:
         """See :meth:`Geometry.member_dual_norm`."""
-        return g.float().norm()
+        return _wide(g).norm()
 
     def extreme_point(self, z: Tensor | Factors, scale: Tensor | None = None) -> Tensor | Factors:
         """See :meth:`Geometry.extreme_point`."""
@@ -145,11 +145,11 @@ class Sign(Geometry):
 
     def member_norm(self, x: Tensor) -> Tensor:
         """See :meth:`Geometry.member_norm`."""
-        return x.abs().amax()
+        return _wide(x).abs().amax()
 
     def member_dual_norm(self, g: Tensor) -> Tensor:
         """See :meth:`Geometry.member_dual_norm`."""
-        return g.abs().sum()
+        return _wide(g).abs().sum()
 
     def extreme_point(self, z: Tensor | Factors, scale: Tensor | None = None) -> Tensor | Factors:
         """See :meth:`Geometry.extreme_point`."""
@@ -174,18 +174,18 @@ class Spectral(Geometry):
 
     def member_norm(self, x: Tensor) -> Tensor:
         """See :meth:`Geometry.member_norm`."""
-        return torch.linalg.matrix_norm(_matrix(x), 2) / self._aspect(x.shape)
+        return torch.linalg.matrix_norm(_matrix(x), 2) / self.aspect(x.shape)
 
     def member_dual_norm(self, g: Tensor) -> Tensor:
         """See :meth:`Geometry.member_dual_norm`."""
-        return torch.linalg.matrix_norm(_matrix(g), "nuc") * self._aspect(g.shape)
+        return torch.linalg.matrix_norm(_matrix(g), "nuc") * self.aspect(g.shape)
 
     def extreme_point(self, z: Tensor | Factors, scale: Tensor | None = None) -> Tensor | Factors:
         """See :meth:`Geometry.extreme_point`; for factors, ``polar(U Vᵀ) = polar(U) Vᵀ`` because V is orthonormal."""
         if isinstance(z, Factors):
             shape = torch.Size((z.left.shape[0], z.right.shape[0]))
-            return Factors(polar(z.left) * (self._aspect(shape) * self.radius), z.right)
-        return (polar(_matrix(z)) * (self._aspect(z.shape) * self.radius)).reshape(z.shape)
+            return Factors(polar(z.left) * (self.aspect(shape) * self.radius), z.right)
+        return (polar(_matrix(z)) * (self.aspect(z.shape) * self.radius)).reshape(z.shape)
 
 
 class Row(Geometry):
@@ -266,7 +266,7 @@ def polar(g: Tensor) -> Tensor:
     Returns:
         Same shape; zero for a zero matrix.
     """
-    g = g if g.dtype is torch.float64 else g.float()
+    g = _wide(g)
     if min(g.shape) == 1:  # a vector: no decomposition needed
         norm = g.norm()
         return torch.where(norm > 0, g / norm, torch.zeros_like(g))
@@ -275,8 +275,12 @@ def polar(g: Tensor) -> Tensor:
     return (U * kept) @ Vh
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float64 else x.float()
+
+
 def _matrix(x: Tensor) -> Tensor:
-    x = x if x.dtype is torch.float64 else x.float()
+    x = _wide(x)
     return x.reshape(matrix_shape(x.shape)) if x.dim() > 1 else x.reshape(-1, 1)
 
 

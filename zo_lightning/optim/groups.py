@@ -132,16 +132,21 @@ def _transposed(module: nn.Module) -> set[nn.Parameter]:
 def _parse(key: str, spec: GeometrySpec) -> dict[str, Any] | None:
     if spec is None:
         return None
-    parsed = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if not isinstance(spec, (str, Mapping)):
+        raise ValueError(
+            f"geometry[{key!r}] must be a geometry's name, a mapping with 'name' and 'radius', or null, got {spec!r}"
+        )
+    parsed: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     unknown = set(parsed) - {"name", "radius"}
     if unknown:
         raise ValueError(
             f"geometry[{key!r}] has the unknown key {sorted(unknown)[0]!r}; the keys are 'name' (one of "
             f"{', '.join(sorted(GEOMETRIES))}) and 'radius'"
         )
-    if "name" in parsed or "radius" in parsed:
-        try:
-            make_geometry(parsed.get("name", "sign"), float(parsed.get("radius", 1.0)))
-        except ValueError as error:
-            raise ValueError(f"geometry[{key!r}]: {error}") from None
+    try:
+        if "radius" in parsed:
+            parsed["radius"] = float(parsed["radius"])
+        make_geometry(parsed.get("name", "sign"), parsed.get("radius", 1.0))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"geometry[{key!r}]: {error}") from None
     return parsed

@@ -32,3 +32,5 @@ def deferred_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
         if pending and callable(previous):
             previous(*pending[-1])
+        elif pending:
+            signal.raise_signal(signal.SIGINT)

@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 _FIRST_SMOOTHING = 2.0**-14  # far below any useful radius for steps of unit norm; only powers of two times it are tried
 _LAST_SMOOTHING = 2.0**24
 _CALIBRATION_DIRECTIONS = 3
+_FORGETTING = 0.02  # weight of the newest loss in the running mean: some fifty steps
 
 
 class CalibrationError(RuntimeError):
@@ -36,15 +37,22 @@ class ParameterFree(StepRule):
 
         c = max(0, (f₊ - 2 f(x; ξ) + f₋) / τ²)    every `interval` steps
         c̄ = mean of all c so far                  Δ = moving average of (f₊ + f₋)/2, minus f_low
-        γ = √(2 Δ / (N c̄))                         τ = √(2 η Δ / c̄)
+        D = min(Δ, max(φ Δ, 2 (Δ₀ - Δ - s)))       Δ₀ = Δ after the first 50 steps, s = standard error of Δ₀ - Δ
+        γ = √(2 D / (N c̄))                         τ = √(2 η Δ / c̄)
 
     and with the schedule ``"linear"`` γ is multiplied by ``√3 (1 - t/N)``, which leaves Σγ² unchanged. Multiplying the loss by
     a constant changes nothing. The first step calibrates: τ grows from far below the dtype's resolution until the median
     rise ``(f₊ + f₋)/2 - f`` over three fresh directions reaches ηΔ, which gives the first c̄.
 
+    D is the decrease that the run is expected to reach. ALIAS bounds it by the whole gap Δ, which fine-tuning never closes:
+    steps of that size are about three times too large. Here it is the share φ of the gap, until the loss has fallen by more
+    than half of that; then it is twice the fall so far (ALIAS's option I, with the fall read off the running loss, which is
+    far less noisy than a sum of directional derivatives). φ = 1 is the loss gap alone.
+
     Args:
         total_steps: N, the number of optimizer steps of the run; None if it is unknown, then ``N = t + t₀``.
         f_low: Lower bound of the loss; 0 for cross-entropy.
+        attainable: φ, the share of the gap that the run is expected to close until it has shown more; in (0, 1].
         probe_rise: η, the share of the gap by which a probe may raise the loss.
         interval: K, steps between measurements of the curvature.
         schedule: ``"linear"`` or ``"constant"``; without a known N, constant.
@@ -64,6 +72,7 @@ class ParameterFree(StepRule):
         total_steps: int | None = None,
         *,
         f_low: float = 0.0,
+        attainable: float = 0.1,
         probe_rise: float = 0.01,
         interval: int = 10,
         schedule: Literal["linear", "constant"] = "linear",
@@ -71,6 +80,8 @@ class ParameterFree(StepRule):
     ) -> None:
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, or None if unknown, got {total_steps}")
+        if not 0 < attainable <= 1:
+            raise ValueError(f"attainable must be a share in (0, 1], got {attainable}")
         if not probe_rise > 0:
             raise ValueError(f"probe_rise must be positive, got {probe_rise}")
         if interval < 1:
@@ -83,6 +94,7 @@ class ParameterFree(StepRule):
             raise ValueError(f"f_low must be finite, got {f_low}")
         self.total_steps = total_steps
         self.f_low = f_low
+        self.attainable = attainable
         self.probe_rise = probe_rise
         self.interval = interval
         self.schedule = schedule
@@ -96,6 +108,8 @@ class ParameterFree(StepRule):
         self._curvature_count = 0
         self._loss_average = 0.0
         self._loss_count = 0
+        self._loss_variance = 0.0
+        self._reference: float | None = None  # the running loss once it has settled, from which progress is counted
 
     @property
     def curvature(self) -> float:
@@ -128,10 +142,25 @@ class ParameterFree(StepRule):
             self._curvature_count += 1
         self._observe_loss(report.loss)
 
+    @property
+    def attainable_gap(self) -> float:
+        """D, the decrease of the loss that the run is expected to reach."""
+        expected = self.attainable * self.gap
+        if self._reference is not None:
+            # two running means, each over some fifty losses
+            deviation = math.sqrt(self._loss_variance * _FORGETTING)
+            expected = max(expected, 2 * (self._reference - self._loss_average - deviation))
+        return min(self.gap, expected)
+
     def _observe_loss(self, loss: float) -> None:
         self._loss_count += 1
         # a plain mean at first, then an exponential one over some fifty steps
-        self._loss_average += (loss - self._loss_average) * max(1 / self._loss_count, 0.02)
+        weight = max(1 / self._loss_count, _FORGETTING)
+        deviation = loss - self._loss_average
+        self._loss_average += deviation * weight
+        self._loss_variance = (1 - weight) * (self._loss_variance + weight * deviation**2)
+        if self._loss_count == round(1 / _FORGETTING):
+            self._reference = self._loss_average
 
     def _update_sizes(self) -> None:
         """γ and τ from the gap and the curvature; the last ones stay where these say nothing."""
@@ -146,7 +175,7 @@ class ParameterFree(StepRule):
             return
         self.smoothing = math.sqrt(2 * self.probe_rise * gap / curvature)
         horizon = self.total_steps if self.total_steps is not None else self._step + self.unknown_horizon
-        self.step_size = math.sqrt(2 * gap / (horizon * curvature)) * self._decay()
+        self.step_size = math.sqrt(2 * self.attainable_gap / (horizon * curvature)) * self._decay()
 
     def _decay(self) -> float:
         if self.schedule == "constant" or self.total_steps is None:
@@ -208,6 +237,8 @@ class ParameterFree(StepRule):
             "curvature_count": self._curvature_count,
             "loss_average": self._loss_average,
             "loss_count": self._loss_count,
+            "loss_variance": self._loss_variance,
+            "reference": self._reference,
             "step_size": self.step_size,
             "smoothing": self.smoothing,
         }
@@ -219,5 +250,7 @@ class ParameterFree(StepRule):
         self._curvature_count = int(state["curvature_count"])
         self._loss_average = float(state["loss_average"])
         self._loss_count = int(state["loss_count"])
+        self._loss_variance = float(state["loss_variance"])
+        self._reference = None if state["reference"] is None else float(state["reference"])
         self.step_size = float(state["step_size"])
         self.smoothing = float(state["smoothing"])

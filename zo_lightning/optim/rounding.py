@@ -31,7 +31,9 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, source: torch.Genera
         # float16 has its own exponent range: below its smallest normal number 2^-14 the grid is 2^-24 wide, not relative
         coarse = value.abs() < 2.0**-14
         noise = torch.rand(value.shape, generator=source, dtype=torch.float32, device=value.device)
-        subnormal = torch.floor(value * 2.0**24 + noise) * 2.0**-24
+        grid = value * 2.0**24
+        below = torch.floor(grid)
+        subnormal = (below + (noise < grid - below)) * 2.0**-24
         relative = _add_bits(value, (noise * (1 << dropped)).to(torch.int32), dropped)
         rounded = torch.where(coarse, subnormal, relative)
     else:

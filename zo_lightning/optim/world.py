@@ -21,9 +21,14 @@ class World:
     def __init__(self, module: nn.Module | None, devices: Iterable[torch.device]) -> None:
         self._cpu = torch.get_rng_state()
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in set(devices) if device.type == "cuda"}
-        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._buffers: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
         if module is not None:
-            self._buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+            self._buffers = [
+                (owner._buffers, name, buffer, buffer.detach().clone())
+                for owner in module.modules()
+                for name, buffer in owner._buffers.items()
+                if buffer is not None
+            ]
 
     def rewind(self) -> None:
         """Put back the random state and the buffers."""
@@ -34,5 +39,6 @@ class World:
 
     def restore_buffers(self) -> None:
         """Put back the buffers alone, so that the random state goes on as after one evaluation."""
-        for buffer, copy in self._buffers:
+        for owned, name, buffer, copy in self._buffers:
             buffer.copy_(copy)
+            owned[name] = buffer  # a forward may have put another tensor in its place

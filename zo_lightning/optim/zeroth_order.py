@@ -6,18 +6,20 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from zo_lightning.optim.directions import Address, Directions, Factors, make_directions
 from zo_lightning.optim.displacement import Displacement
-from zo_lightning.optim.geometry import Geometry, make_geometry
+from zo_lightning.optim.geometry import GEOMETRIES, Geometry, make_geometry
 from zo_lightning.optim.groups import GeometryMap, GeometrySpec
 from zo_lightning.optim.interrupts import deferred_interrupt
+from zo_lightning.optim.precision import no_autocast
 from zo_lightning.optim.randomness import generator
 from zo_lightning.optim.rounding import round_stochastically
+from zo_lightning.optim.scaling import entry_target, unit_entry
 from zo_lightning.optim.step_rules import Probe, StepReport, StepRule
 from zo_lightning.optim.updates import Update, make_update
 from zo_lightning.optim.world import World
@@ -62,6 +64,8 @@ class ZerothOrder(torch.optim.Optimizer):
         geometry: Overrides of the default map from parameters to geometries, by kind (``matrix``, ``embedding``, ``vector``)
             or name pattern; see :class:`GeometryMap`.
         update: ``"lmo"`` (normalised steps) or ``"sgd"``.
+        scaling: ``"output"`` measures, in the first forward, how large a change of each parameter changes its module's output
+            by the output's own size, and takes that for the unit of length; ``"none"`` takes the parameter's own units.
         num_directions: Directions q per step; each costs ``sides`` forwards. More than one, or momentum, use an estimate per
             parameter made when it is updated; only momentum is stored.
         sides: 2 for central differences, 1 for one-sided ones (one shared forward at x).
@@ -74,6 +78,8 @@ class ZerothOrder(torch.optim.Optimizer):
     Attributes:
         last: What the last step measured, a :class:`StepReport`.
         forwards: Batch losses evaluated so far.
+        geometry: The :class:`GeometryMap` made of the argument. With the module at hand, ``geometry.split`` tells embeddings
+            and transposed weights; a second optimizer over those groups knows them.
 
     Raises:
         ValueError: If an argument is out of its range, or a geometry cannot be combined with the directions.
@@ -90,6 +96,7 @@ class ZerothOrder(torch.optim.Optimizer):
         interval: int = 50,
         geometry: Mapping[str, GeometrySpec] | None = None,
         update: str | Update = "lmo",
+        scaling: Literal["output", "none"] = "none",
         num_directions: int = 1,
         sides: int = 2,
         momentum: float = 0.0,
@@ -104,9 +111,11 @@ class ZerothOrder(torch.optim.Optimizer):
         _check("sides", sides, sides in (1, 2), "1 or 2")
         _check("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
         _check("weight_decay", weight_decay, weight_decay >= 0, ">= 0")
+        _check("scaling", scaling, scaling in ("output", "none"), "'output' or 'none'")
         _check("max_nonfinite", max_nonfinite, max_nonfinite >= 1, "at least 1")
         self.directions = make_directions(directions, rank=rank, interval=interval)
         self.update = make_update(update)
+        self.scaling = scaling
         self.step_rule = step_rule
         self.max_nonfinite = max_nonfinite
         self.last: StepReport | None = None
@@ -122,11 +131,14 @@ class ZerothOrder(torch.optim.Optimizer):
             "forwards": 0,
             "nonfinite": 0,
             "directions": self.directions.signature(),
+            "units": None,
         }
-        super().__init__(_named_groups(params, GeometryMap(geometry, directions=self.directions)), defaults)
         self._module: nn.Module | None = None
         self._displacement: Displacement | None = None
+        self._unit: dict[nn.Parameter, float] = {}
         self._drawn: dict[tuple[int, nn.Parameter], Tensor | Factors] = {}
+        self.geometry = GeometryMap(geometry, directions=self.directions)
+        super().__init__(_named_groups(params, self.geometry), defaults)
 
     # ---- set-up --------------------------------------------------------------------------------------------------------
     def attach(self, module: nn.Module) -> ZerothOrder:
@@ -144,6 +156,29 @@ class ZerothOrder(torch.optim.Optimizer):
         self._displacement = Displacement(self._named_parameters(), module)
         self._module = module
         return self
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of (name, parameter) pairs of one ``geometry``.
+
+        Raises:
+            ValueError: If the group has no geometry, one that does not exist or that cannot be combined with the directions,
+                or a name that another parameter has.
+        """
+        if "geometry" not in param_group:
+            raise ValueError(f"a parameter group needs a geometry, one of {', '.join(sorted(GEOMETRIES))}")
+        group = {"radius": 1.0, "transposed": False, **param_group}
+        geometry = _geometry(group)
+        taken = set(self._named_parameters())
+        super().add_param_group(group)
+        added = self.param_groups[-1]
+        for name, parameter in zip(added["param_names"], added["params"], strict=True):
+            if name in taken:
+                raise ValueError(f"two parameters have the name {name!r}; directions are told apart by the names")
+            taken.add(name)
+            reason = geometry.accepts(self.directions, parameter.shape)
+            if reason is not None:
+                raise ValueError(f"geometry {geometry.name!r} of {name!r} with {self.directions.signature()}: {reason}")
+        self._displacement = None if self._module is None else Displacement(self._named_parameters(), self._module)
 
     @property
     def forwards(self) -> int:
@@ -167,6 +202,12 @@ class ZerothOrder(torch.optim.Optimizer):
         if theirs != ours:
             raise ValueError(f"the checkpoint was made with directions {theirs}, this run has {ours}; use the same ones")
         super().load_state_dict(state)
+        # torch casts floating-point state to the parameter's dtype: that loses bits of the buffers of half-precision weights
+        indices = [index for group in state["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(indices, parameters, strict=True):
+            for key, value in state["state"].get(index, {}).items():
+                self.state[parameter][key] = value.to(parameter.device)
         if rule is not None and self.step_rule is not None:
             self.step_rule.load_state_dict(rule)
 
@@ -202,6 +243,7 @@ class ZerothOrder(torch.optim.Optimizer):
         before = head["forwards"]
         if not self._mechanism.observed:
             self._mechanism.observe(evaluate)
+        self._measure_units()
         want_curvature = False
         multiplier = 1.0
         if self.step_rule is not None:
@@ -211,19 +253,33 @@ class ZerothOrder(torch.optim.Optimizer):
         report = self._read(seen)
         report.lr = head["lr"] * multiplier
         report.smoothing = head["smoothing"]
-        if report.finite:
-            with deferred_interrupt():
+        with deferred_interrupt():  # the step's index moves on with the weights
+            if report.finite:
                 self._apply(report, multiplier)
                 torch.clear_autocast_cache()
+            for group in self.param_groups:
+                group["step"] += 1
         self._drawn.clear()
         self._count_nonfinite(report)
-        for group in self.param_groups:
-            group["step"] += 1
         report.forwards = head["forwards"] - before
         if self.step_rule is not None:
             self.step_rule.after_step(report)
         self.last = report
         return torch.stack([*seen.plus, *seen.minus]).mean() if seen.minus else torch.stack(seen.plus).mean()
+
+    def _measure_units(self) -> None:
+        """Each parameter's unit of length, measured once and kept in its group, so that a resumed run has the same."""
+        for index, group in enumerate(self.param_groups):
+            if group["units"] is None:
+                group["units"] = [1.0] * len(group["params"])
+                if self.scaling == "output":
+                    activity = self._mechanism.activity
+                    shapes = [parameter.shape for parameter in group["params"]]
+                    group["units"] = [
+                        entry_target(p, activity.get(p)) / unit_entry(self._geometries[index], self.directions, p.shape, shapes)
+                        for p in group["params"]
+                    ]
+            self._unit.update(zip(group["params"], group["units"], strict=True))
 
     @property
     def _mechanism(self) -> Displacement:
@@ -242,8 +298,10 @@ class ZerothOrder(torch.optim.Optimizer):
             if calls:
                 world.rewind()
             calls += 1
-            loss = closure()
-            world.restore_buffers()
+            try:
+                loss = closure()
+            finally:
+                world.restore_buffers()
             if not isinstance(loss, Tensor):
                 raise TypeError(f"the closure must return the loss as a tensor, got {type(loss).__name__}")
             for group in self.param_groups:
@@ -270,7 +328,7 @@ class ZerothOrder(torch.optim.Optimizer):
         scales = self._scales(query)
 
         def shift(parameter: nn.Parameter) -> Tensor:
-            return _displaced(parameter, self._direction(parameter, query, scales), tau)
+            return _displaced(parameter, self._direction(parameter, query, scales), tau * self._unit[parameter])
 
         with self._mechanism.at(shift):
             return evaluate()
@@ -308,6 +366,7 @@ class ZerothOrder(torch.optim.Optimizer):
             finite=all(math.isfinite(x) for x in everything),
         )
 
+    @no_autocast()
     def _apply(self, report: StepReport, multiplier: float) -> None:
         """Write the update, the only time in a step that the weights are written."""
         head = self.param_groups[0]
@@ -326,10 +385,10 @@ class ZerothOrder(torch.optim.Optimizer):
                 if simple:
                     u = self._direction(parameter, 0, scales[0])
                     delta = u if isinstance(u, Tensor) else u.dense()
-                    delta = delta * (-lr * self.update.coefficient(report.slopes[0]))
+                    delta = delta * (-lr * self._unit[parameter] * self.update.coefficient(report.slopes[0]))
                 else:
                     estimate = self._estimate(parameter, group, report.slopes, scales, store=True)
-                    delta = self.update.step(estimate, geometry, scale) * lr
+                    delta = self.update.step(estimate, geometry, scale) * (lr * self._unit[parameter])
                 self._write(parameter, delta, 1 - lr * group["weight_decay"])
 
     def _estimate(
@@ -341,7 +400,7 @@ class ZerothOrder(torch.optim.Optimizer):
         *,
         store: bool,
     ) -> Tensor:
-        """The averaged estimate ``mean_i ρ_i u_i`` of one parameter, through its momentum if it has one (float32)."""
+        """The averaged estimate ``mean_i ρ_i u_i`` in the parameter's unit, through its momentum if it has one (float32)."""
         total = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         for query, slope in enumerate(slopes):
             u = self._direction(parameter, query, scales[query])
@@ -366,8 +425,9 @@ class ZerothOrder(torch.optim.Optimizer):
         parameter.data.copy_(wide)
 
     # ---- directions -------------------------------------------------------------------------------------------------
+    @no_autocast()
     def _direction(self, parameter: nn.Parameter, query: int, scales: dict[int, Tensor]) -> Tensor | Factors:
-        """The direction u to probe ``parameter`` along: drawn anew at each use, unless it is small enough to keep for the step."""
+        """The direction u to probe ``parameter`` along: drawn anew at each use, unless it is small enough to keep."""
         small = self.directions.low_rank  # factors and vectors
         if small and (query, parameter) in self._drawn:
             return self._drawn[query, parameter]
@@ -379,6 +439,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self._drawn[query, parameter] = u
         return u
 
+    @no_autocast()
     def _scales(self, query: int) -> dict[int, Tensor]:
         """One over the Euclidean norm of z, for each group whose directions or geometry are coupled (a pre-pass)."""
         head = self.param_groups[0]
@@ -473,6 +534,7 @@ class _Prober(Probe):
         return values[0], values[1]
 
 
+@no_autocast()
 def _displaced(parameter: nn.Parameter, u: Tensor | Factors, tau: float) -> Tensor:
     """``parameter + τ u`` as a new tensor of the parameter's dtype; the sum is taken in float32 or wider."""
     weight = parameter.detach()
@@ -507,6 +569,7 @@ def _named_groups(params: Iterable[Any], geometry: GeometryMap) -> list[dict[str
     groups = given if isinstance(given[0], dict) else [{"params": given}]
     result: list[dict[str, Any]] = []
     count = 0
+    unassigned: list[tuple[dict[str, Any], list[tuple[str, nn.Parameter]]]] = []
     for group in groups:
         members = group["params"]
         members = [members] if isinstance(members, Tensor) else list(members)
@@ -518,7 +581,15 @@ def _named_groups(params: Iterable[Any], geometry: GeometryMap) -> list[dict[str
         if "geometry" in options:
             result.append({"transposed": False, "radius": 1.0, **options, "params": named})
         else:
-            result.extend({**part, **options} for part in geometry.split(named))
+            unassigned.append((options, named))
+    if unassigned:
+        parts = geometry.split([pair for _, named in unassigned for pair in named])
+        for options, named in unassigned:
+            own = {parameter for _, parameter in named}
+            for part in parts:
+                members = [pair for pair in part["params"] if pair[1] in own]
+                if members:
+                    result.append({**part, **options, "params": members})
     return result
 
 

@@ -1,0 +1,44 @@
+"""Set up before anything is imported: no network, one thread. Shared fixtures: tiny models, tiny data."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import film_folder, save_tiny_model, tiny_config
+
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and data beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder {SHARED} with real models and data")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_opt(tmp_path_factory) -> Path:
+    """A folder in the hub's layout with a random OPT of 20 thousand parameters and a word tokenizer."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-opt"), tiny_config("opt"))
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory) -> Path:
+    """A data folder for SST-2: 64 training and 12 validation rows."""
+    return film_folder(tmp_path_factory.mktemp("films"))
+
+
+@pytest.fixture(autouse=True)
+def no_arguments(monkeypatch):
+    """LightningCLI warns where pytest's own arguments look like its own."""
+    monkeypatch.setattr("sys.argv", ["zo-lightning"])

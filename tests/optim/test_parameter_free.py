@@ -1,0 +1,443 @@
+"""The parameter-free rule: its formulas by hand, its calibration on known curvatures, and that it is the rule that trains."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.optim.reference import LAWS, bits, same_bits
+from zo_lightning.optim import LMO, CalibrationError, ParameterFree, Probe, StepReport, ZerothOrder
+
+
+class Landscape(Probe):
+    """Losses along fresh directions, given as functions of the signed distance."""
+
+    def __init__(self, base: float, *along: Callable[[float], float]) -> None:
+        self.base, self.along, self.forwards = base, along, 0
+
+    def loss(self) -> float:
+        self.forwards += 1
+        return self.base
+
+    def pair(self, direction: int, smoothing: float) -> tuple[float, float]:
+        self.forwards += 2
+        f = self.along[direction % len(self.along)]
+        return self.base + f(smoothing), self.base + f(-smoothing)
+
+
+def parabola(curvature: float, slope: float = 0.0) -> Callable[[float], float]:
+    return lambda t: slope * t + curvature / 2 * t * t
+
+
+def report(step: int, loss: float, curvature: float | None = None, finite: bool = True) -> StepReport:
+    return StepReport(step=step, loss=loss, slopes=[0.0], gain=0.0, curvature=curvature, finite=finite)
+
+
+class Hand:
+    """The formulas written from the lists of everything seen."""
+
+    def __init__(self, n, *, f_low, eta, schedule, t0, base, curvatures) -> None:
+        self.n, self.f_low, self.eta, self.schedule, self.t0 = n, f_low, eta, schedule, t0
+        self.curvatures, self.losses = list(curvatures), [base]
+
+    def sizes(self, t: int) -> tuple[float, float]:
+        curvature = statistics.fmean(self.curvatures)
+        average = 0.0
+        for k, loss in enumerate(self.losses, 1):
+            weight = max(1 / k, 0.02)
+            average = (1 - weight) * average + weight * loss
+        gap = average - self.f_low
+        n = self.n if self.n is not None else t + self.t0
+        gamma = math.sqrt(2 * gap / (n * curvature))
+        if self.n is not None and self.schedule == "linear":
+            gamma *= math.sqrt(3) * max(0.0, 1 - t / n)
+        return gamma, math.sqrt(2 * self.eta * gap / curvature)
+
+
+# ---- the formulas ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n", [200, None])
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+@pytest.mark.parametrize("f_low", [0.0, -1.5])
+def test_gamma_and_tau_by_hand(n, schedule, f_low):
+    rule = ParameterFree(n, f_low=f_low, probe_rise=0.02, interval=7, schedule=schedule, unknown_horizon=30)
+    curvatures = [3.0, 5.0, 4.0]
+    probe = Landscape(2.0, *map(parabola, curvatures))
+    hand = Hand(n, f_low=f_low, eta=0.02, schedule=schedule, t0=30, base=2.0, curvatures=curvatures)
+    noise = torch.Generator().manual_seed(0)
+    for t in range(150):
+        wanted = rule.before_step(t, probe)
+        assert wanted == (t % 7 == 0)
+        gamma, tau = hand.sizes(t)
+        assert rule.step_size == pytest.approx(gamma, rel=1e-9)
+        assert rule.smoothing == pytest.approx(tau, rel=1e-9)
+        loss, curvature = 2.0 / (1 + t / 50) + 0.1 * torch.rand((), generator=noise).item(), None
+        if wanted:
+            curvature = 4 * torch.randn((), generator=noise).item()  # half of them negative: clipped, and counted
+            hand.curvatures.append(max(0.0, curvature))
+        hand.losses.append(loss)
+        rule.after_step(report(t, loss, curvature))
+    assert rule.curvature == pytest.approx(statistics.fmean(hand.curvatures))
+
+
+def test_a_small_example_in_plain_numbers():
+    rule = ParameterFree(100, schedule="constant", interval=1)
+    rule.before_step(0, Landscape(8.0, parabola(4.0)))
+    assert rule.curvature == pytest.approx(4.0)
+    assert rule.gap == 8.0
+    assert rule.step_size == pytest.approx(math.sqrt(2 * 8 / (100 * 4)))  # 0.2
+    assert rule.smoothing == pytest.approx(math.sqrt(2 * 0.01 * 8 / 4))  # 0.2: a rise of 4/2 · 0.04 = 0.08 = 1 % of 8
+    rule.after_step(report(0, 6.0, 12.0))
+    assert rule.gap == 7.0
+    assert rule.curvature == pytest.approx((4 + 4 + 4 + 12) / 4)
+
+
+def test_the_linear_schedule_ends_at_zero_and_keeps_the_sum_of_squares():
+    n = 1000
+    squares = {}
+    for schedule in ("linear", "constant"):
+        rule = ParameterFree(n, schedule=schedule)
+        rule.before_step(0, Landscape(1.0, parabola(1.0)))
+        squares[schedule] = 0.0
+        for t in range(n):
+            rule.before_step(t, Landscape(1.0))
+            squares[schedule] += rule.step_size**2
+    assert squares["constant"] == pytest.approx(2.0)
+    assert squares["linear"] == pytest.approx(squares["constant"], rel=2 / n)
+    rule.before_step(n, Landscape(1.0))
+    assert rule.step_size > 0  # of the constant one
+    late = ParameterFree(10)
+    late.before_step(0, Landscape(1.0, parabola(1.0)))
+    for t in (10, 11, 500):
+        late.before_step(t, Landscape(1.0))
+        assert late.step_size == 0, "steps past the horizon do not move"
+
+
+@LAWS
+@given(st.integers(1, 10**6), st.integers(2, 100))
+def test_gamma_goes_with_one_over_the_root_of_the_horizon(n, factor):
+    def gamma(horizon):
+        rule = ParameterFree(horizon)
+        rule.before_step(0, Landscape(2.5, parabola(3.0)))
+        return rule.step_size, rule.smoothing
+
+    (a, tau), (b, same) = gamma(n), gamma(n * factor)
+    assert a / b == pytest.approx(math.sqrt(factor))
+    assert tau == same
+
+
+def test_an_unknown_horizon_grows_with_the_steps():
+    rule = ParameterFree(None)  # t₀ = 1000, and no decay though "linear" is the default
+    rule.before_step(0, Landscape(2.0, parabola(1.0)))
+    assert rule.step_size == pytest.approx(math.sqrt(4 / 1000))
+    rule.before_step(3000, Landscape(2.0))
+    assert rule.step_size == pytest.approx(math.sqrt(4 / 4000))
+
+
+# ---- calibration -------------------------------------------------------------------------------------------------------
+@LAWS
+@given(st.integers(-40, 40), st.floats(0.01, 1000), st.floats(-3, 3), st.sampled_from([0.001, 0.01, 0.3]))
+def test_calibration_finds_the_curvature_of_a_quadratic(exponent, base, slope, eta):
+    curvature = 2.0**exponent
+    rule = ParameterFree(100, probe_rise=eta)
+    probe = Landscape(base, parabola(curvature, slope * math.sqrt(curvature * base)))
+    rule.before_step(0, probe)
+    if eta * base <= curvature / 2 * 2.0**-28:  # already the first τ is wide enough
+        return
+    assert rule.curvature == pytest.approx(curvature, rel=1e-9)
+    assert curvature / 2 * rule.smoothing**2 == pytest.approx(eta * base, rel=1e-9)
+    assert probe.forwards <= 1 + 6 * 21
+
+
+def test_calibration_takes_the_median_over_three_directions():
+    rule = ParameterFree(100)
+    rule.before_step(0, Landscape(1.0, parabola(1e-9), parabola(2.0), parabola(50.0)))
+    assert rule.curvature == pytest.approx((1e-9 + 2 + 50) / 3)
+    # a τ of a power of two at which the median rise is above 1 %: 2 τ²/2 ≥ 0.01 from τ = 1/8 on
+    rises: list[float] = []
+    spy = Landscape(1.0, parabola(1e-9), parabola(2.0), lambda t: rises.append(abs(t)) or 25 * t * t)
+    ParameterFree(100).before_step(0, spy)
+    assert max(rises) == 2.0**-2
+    assert 2.0**-3 in rises, "halved once"
+
+
+def test_calibration_clips_negative_curvatures():
+    rule = ParameterFree(100)
+    rule.before_step(0, Landscape(1.0, parabola(-8.0), parabola(2.0), parabola(4.0)))
+    assert rule.curvature == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("overflow", [math.inf, math.nan])
+def test_an_overflowing_direction_counts_as_a_rise_and_not_as_a_curvature(overflow):
+    rule = ParameterFree(100)
+    rule.before_step(0, Landscape(1.0, lambda t: overflow, parabola(2.0), parabola(2.0)))
+    assert rule.curvature == pytest.approx(2.0)
+    assert math.isfinite(rule.step_size)
+
+
+def test_calibration_happens_once():
+    rule = ParameterFree(100)
+    probe = Landscape(1.0, parabola(1.0))
+    rule.before_step(0, probe)
+    used = probe.forwards
+    rule.before_step(1, probe)
+    assert probe.forwards == used
+    assert rule.calibrated
+
+
+@pytest.mark.parametrize(
+    ("base", "along", "settings", "message"),
+    [
+        (
+            1.0,
+            parabola(0.0),
+            {},
+            r"does not rise by 1% along any of 3 directions .* does the closure use the opt",
+        ),
+        (1.0, parabola(0.0, slope=1.0), {}, r"does not rise by 1%"),
+        (1.0, parabola(-1.0), {}, r"does not rise by 1%"),
+        (math.nan, parabola(1.0), {}, r"the loss of the first batch is nan; check the weights and the data"),
+        (math.inf, parabola(1.0), {}, r"the loss of the first batch is inf"),
+        (0.5, parabola(1.0), {"f_low": 0.6}, r"the loss of the first batch is 0.5, not above f_low=0.6; pass a lower bound"),
+        (0.0, parabola(1.0), {}, r"the loss of the first batch is 0, not above f_low=0"),
+        (-3.0, parabola(1.0), {}, r"the loss of the first batch is -3, not above f_low=0"),
+    ],
+    ids=["flat", "linear", "concave", "nan", "inf", "f_low above", "zero loss", "negative loss"],
+)
+def test_calibration_errors(base, along, settings, message):
+    with pytest.raises(CalibrationError, match=message):
+        ParameterFree(100, **settings).before_step(0, Landscape(base, along))
+
+
+# ---- where the formulas say nothing ------------------------------------------------------------------------------------
+def test_the_last_gamma_stays_and_a_warning_says_why():
+    rule = ParameterFree(100, schedule="constant")
+    rule.before_step(0, Landscape(1.0, parabola(1.0)))
+    last = rule.step_size, rule.smoothing
+    for t in range(200):
+        rule.after_step(report(t, -0.5))  # the "lower bound" is none
+    with pytest.warns(UserWarning, match=r"step 200: the loss gap is -0.\d+ .* the last step size stays; is f_low=0.0 a lower"):
+        rule.before_step(200, Landscape(1.0))
+    assert (rule.step_size, rule.smoothing) == last
+
+
+def test_zero_curvature_keeps_the_last_gamma():
+    rule = ParameterFree(100, schedule="constant")
+    rule.before_step(0, Landscape(1.0, parabola(1.0)))
+    state = rule.state_dict() | {"curvature_sum": 0.0}
+    rule.load_state_dict(state)
+    with pytest.warns(UserWarning, match="the mean curvature 0, so that the last step size stays"):
+        rule.before_step(1, Landscape(1.0))
+    assert rule.step_size == state["step_size"] > 0
+
+
+def test_steps_with_a_nonfinite_loss_teach_nothing():
+    rule = ParameterFree(100)
+    rule.before_step(0, Landscape(1.0, parabola(1.0)))
+    before = rule.state_dict()
+    rule.after_step(report(0, math.nan, math.nan, finite=False))
+    rule.after_step(report(1, math.inf, None, finite=False))
+    assert rule.state_dict() == before
+
+
+# ---- state -------------------------------------------------------------------------------------------------------------
+def test_the_state_is_plain_and_the_round_trip_exact():
+    rule = ParameterFree(50, interval=2)
+    probe = Landscape(1.7, parabola(0.3), parabola(0.7), parabola(1.1))
+    for t in range(5):
+        rule.before_step(t, probe)
+        rule.after_step(report(t, 1.7 / (t + 1), 0.1 * t))
+    text = json.dumps(rule.state_dict())
+    other = ParameterFree(50, interval=2)
+    other.load_state_dict(json.loads(text))
+    for t in range(5, 12):
+        assert other.before_step(t, Landscape(0.0)) == rule.before_step(t, Landscape(0.0))
+        assert (other.step_size, other.smoothing) == (rule.step_size, rule.smoothing)
+        for r in (rule, other):
+            r.after_step(report(t, 1 / 3, 0.2))
+    assert other.state_dict() == rule.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total_steps": 0}, "total_steps must be at least 1, or None if unknown, got 0"),
+        ({"probe_rise": 0.0}, "probe_rise must be positive, got 0.0"),
+        ({"probe_rise": math.nan}, "probe_rise must be positive, got nan"),
+        ({"interval": 0}, "interval must be at least 1 step, got 0"),
+        ({"schedule": "cosine"}, "schedule must be 'linear' or 'constant', got 'cosine'"),
+        ({"unknown_horizon": 0}, "unknown_horizon must be at least 1 step, got 0"),
+        ({"f_low": math.nan}, "f_low must be finite, got nan"),
+        ({"f_low": -math.inf}, "f_low must be finite, got -inf"),
+    ],
+)
+def test_errors_name_the_argument(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ParameterFree(**settings)
+
+
+# ---- with the optimizer ------------------------------------------------------------------------------------------------
+class Bowl(nn.Module):
+    """c/2 ‖x‖² + const."""
+
+    def __init__(self, n: int = 40, curvature: float = 3.0, constant: float = 0.5) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+        self.curvature, self.constant = curvature, constant
+
+    def forward(self) -> torch.Tensor:
+        return self.curvature / 2 * self.x.square().sum() + self.constant
+
+
+@pytest.mark.parametrize("directions", ["sphere", "gaussian", "rademacher", "low_rank"])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_the_optimizer_measures_the_analytic_curvature(directions, sides):
+    module = Bowl()
+    rule = ParameterFree(100, interval=2)
+    optimizer = ZerothOrder(
+        module.named_parameters(), directions=directions, sides=sides, geometry={"vector": {"name": "euclidean", "radius": 1}},
+        step_rule=rule,
+    ).attach(module)  # fmt: skip
+    base = float(module().detach())
+    for t in range(4):
+        optimizer.step(module)
+        assert rule.curvature == pytest.approx(3.0, rel=1e-5), "‖u‖ = 1"
+        assert optimizer.last.curvature == (pytest.approx(3.0, rel=1e-5) if t % 2 == 0 else None)
+        if t == 0:
+            assert 1.5 * optimizer.last.smoothing**2 == pytest.approx(0.01 * base, rel=1e-5)
+            calibration = optimizer.last.forwards - 1 - 2 - 1  # observing, two probes, the centre
+            assert calibration % 6 == 1
+            assert calibration > 6
+        else:
+            assert optimizer.last.forwards == 2 + (t % 2 == 0)
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(8, 16), nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.hidden(x)))
+
+
+def problem() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    source = torch.Generator().manual_seed(7)
+    x = torch.randn(64, 8, generator=source)
+    y = (x @ torch.randn(8, generator=source) > 0).long()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return Classifier(), x, y
+
+
+EUCLIDEAN = {kind: {"name": "euclidean", "radius": 1.0} for kind in ("matrix", "vector")}
+FAMILIES = {
+    "low_rank": {"directions": "low_rank"},
+    "low_rank of rank 4": {"directions": "low_rank", "rank": 4},
+    "gaussian, euclidean": {
+        "directions": "gaussian",
+        "geometry": EUCLIDEAN,
+    },
+    "rademacher, sign": {"directions": "rademacher"},
+}
+
+
+def fit(settings: dict, steps: int = 160, scale: float = 1.0, **more) -> tuple[nn.Module, ZerothOrder, float, float]:
+    """Returns the model, the optimizer, and the loss before and after."""
+    module, x, y = problem()
+    optimizer = ZerothOrder(module.named_parameters(), step_rule=ParameterFree(steps), **copy.deepcopy(settings), **more)
+    optimizer.attach(module)
+
+    def loss() -> torch.Tensor:
+        return F.cross_entropy(module(x), y, reduction="none") * scale
+
+    with torch.no_grad():
+        start = float(loss().mean())
+        for _ in range(steps):
+            optimizer.step(loss)
+        return module, optimizer, start, float(loss().mean())
+
+
+@pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
+def test_it_trains_untuned(settings):
+    *_, start, end = fit(settings)
+    assert end < 0.6 * start
+
+
+@pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
+def test_it_trains_with_an_unknown_horizon_and_other_estimators(settings):
+    module, x, y = problem()
+    optimizer = ZerothOrder(module.named_parameters(), step_rule=ParameterFree(), num_directions=2, sides=1, **settings)
+    optimizer.attach(module)
+    with torch.no_grad():
+        losses = [float(optimizer.step(lambda: F.cross_entropy(module(x), y))) for _ in range(100)]
+    assert statistics.fmean(losses[-5:]) < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("more", [{}, {"momentum": 0.9, "num_directions": 2}], ids=["plain", "momentum"])
+def test_a_factor_on_the_loss_changes_no_bit_of_the_trajectory(settings, more):
+    plain, a, *_ = fit(settings, 12, **more)
+    scaled, b, *_ = fit(settings, 12, scale=2.0**10, **more)
+    assert same_bits(bits(plain), bits(scaled))
+    assert b.last.loss == a.last.loss * 2**10
+    assert b.last.lr == a.last.lr
+    assert b.last.smoothing == a.last.smoothing
+
+
+@pytest.mark.parametrize("name", ["low_rank", "rademacher, sign"])
+def test_random_signs_do_not_train(name, monkeypatch):
+    signs = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(LMO, "coefficient", lambda self, slope: float(torch.randint(0, 2, (), generator=signs)) * 2 - 1)
+    *_, start, end = fit(FAMILIES[name])
+    assert end > 0.9 * min(start, math.log(2)), "no better than chance"
+
+
+def test_steps_of_length_zero_do_not_train(monkeypatch):
+    monkeypatch.setattr(ParameterFree, "_decay", lambda self: 0.0)
+    module, optimizer, start, end = fit(FAMILIES["low_rank"], 20)
+    assert end == start
+    assert same_bits(bits(module), bits(problem()[0]))
+    assert optimizer.last.lr == 0
+
+
+def test_a_quadratic_is_minimised():
+    module = Bowl(constant=0.0)
+    optimizer = ZerothOrder(
+        module.named_parameters(),
+        directions="sphere",
+        geometry={"vector": {"name": "euclidean", "radius": 1}},
+        step_rule=ParameterFree(200),
+    ).attach(module)
+    start = float(module().detach())
+    for _ in range(200):
+        optimizer.step(module)
+    assert float(module().detach()) < 0.3 * start
+
+
+def test_flat_and_broken_models_are_told_at_the_first_step():
+    module, x, y = problem()
+    weights = bits(module)
+
+    def optimizer():
+        return ZerothOrder(module.named_parameters(), step_rule=ParameterFree(10)).attach(module)
+
+    with pytest.raises(CalibrationError, match="does the closure use the optimizer's parameters"):
+        optimizer().step(lambda: module(x).sum() * 0 + 1)
+    assert same_bits(bits(module), weights)
+    with pytest.raises(CalibrationError, match="the loss of the first batch is nan"):
+        optimizer().step(lambda: F.cross_entropy(module(x * float("nan")), y))
+    assert same_bits(bits(module), weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer().step(lambda: F.cross_entropy(module(x), y))

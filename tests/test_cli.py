@@ -1,0 +1,229 @@
+"""The command line as a user meets it: runs, files, and one line for each mistake."""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import save_tiny_model, tiny_config
+from zo_lightning.cli import main
+
+CONFIG = Path(__file__).parents[1] / "configs" / "opt-125m" / "sst2.yaml"
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path_factory, monkeypatch):
+    """Keep the Arrow copies that `datasets` makes out of the user's cache."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "hf_datasets")
+
+
+@pytest.fixture
+def options(tiny_opt, films, tmp_path):
+    """The documented command with the tiny model and data, in a folder of its own."""
+    return [
+        *("--config", str(CONFIG), "--model.model_name_or_path", str(tiny_opt), "--data.data_dir", str(films)),
+        *("--data.num_train", "32", "--data.num_dev", "16", "--data.batch_size", "4"),
+        *("--trainer.max_steps", "12", "--trainer.accelerator", "cpu", "--trainer.precision", "32"),
+        *("--trainer.default_root_dir", str(tmp_path / "OUT"), "--trainer.log_every_n_steps", "1"),
+    ]
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """All rows of all metrics.csv, without empty cells."""
+    result = []
+    for path in sorted(folder.glob("**/metrics.csv")):
+        with path.open() as file:
+            result += [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+    return result
+
+
+def test_fit_and_test_on_the_kept_checkpoint(options, tmp_path, capsys):
+    out = tmp_path / "OUT"
+    main(["fit", *options])
+    printed = capsys.readouterr().out
+    assert "before" in printed
+    assert "val/acc" in printed
+    logged = rows(out)
+    train = {"train/loss", "zo/lr", "zo/smoothing", "zo/curvature", "zo/gap", "zo/gain", "zo/forwards", "zo/skipped"}
+    assert any(train <= set(row) for row in logged)
+    validations = [row for row in logged if "val/loss" in row]
+    assert [row["step"] for row in validations] == [2, 5, 8, 11]  # every ceil(12/5) steps; Lightning counts from 0
+    assert all({"val/loss", "val/acc", "val/f1"} <= set(row) for row in validations)
+    kept = list(out.glob("**/checkpoints/*"))
+    assert [path.name for path in kept] == ["best.ckpt"]
+    stored = torch.load(kept[0], weights_only=True)
+    best = min(validations, key=lambda row: row["val/loss"])
+    assert stored["global_step"] == best["step"] + 1
+    assert all(value.isfinite().all() for value in stored["state_dict"].values())
+
+    main(["validate", *options, "--ckpt_path", "best"])
+    again = [row for row in rows(out) if "val/loss" in row][-1]
+    assert again["val/loss"] == pytest.approx(best["val/loss"], abs=1e-6)
+    main(["test", *options, "--ckpt_path", str(kept[0])])
+    tested = [row for row in rows(out) if "test/loss" in row]
+    assert len(tested) == 1
+    assert {"test/loss", "test/acc", "test/f1"} <= set(tested[0])
+
+
+def test_predict_writes_a_row_per_example(options, tmp_path):
+    main(["predict", *options])
+    (path,) = (tmp_path / "OUT").glob("**/predictions.jsonl")
+    predictions = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["index"] for row in predictions] == list(range(12))
+    assert {row["class_name"] for row in predictions} <= {"negative", "positive"}
+    assert all(len(row["scores"]) == 2 for row in predictions)
+    assert all(row["prediction"] == row["scores"].index(max(row["scores"])) for row in predictions)
+
+
+def test_zero_shot_validation(options, tmp_path):
+    main(["validate", *options])
+    (row,) = rows(tmp_path / "OUT")
+    assert 0 <= row["val/acc"] <= 1
+    assert math.isfinite(row["val/loss"])
+
+
+def test_resume_in_the_middle_of_an_epoch_is_exact(options, tmp_path):
+    """The best checkpoint of a run, wherever in an epoch it was kept, leads to the same end as the run itself."""
+    main(
+        ["fit", *options, "--checkpoint.save_last", "true", "--checkpoint.filename", "{step}", "--checkpoint.save_top_k", "-1"]
+    )
+    (third,) = (tmp_path / "OUT").glob("**/step=3.ckpt")
+    other = ["--trainer.default_root_dir", str(tmp_path / "AGAIN"), "--ckpt_path", str(third)]
+    main(["fit", *options, *other, "--checkpoint.save_last", "true"])
+    ends = [torch.load(next((tmp_path / name).glob("**/last.ckpt")), weights_only=True) for name in ("OUT", "AGAIN")]
+    assert [end["global_step"] for end in ends] == [12, 12]
+    assert all(torch.equal(value, ends[1]["state_dict"][name]) for name, value in ends[0]["state_dict"].items())
+    assert ends[0]["callbacks"]["AdaNAGED"] == ends[1]["callbacks"]["AdaNAGED"]
+
+
+def test_configuration_wins_over_the_checkpoints_arguments(options, tmp_path):
+    main(["fit", *options, "--trainer.max_steps", "1"])
+    main(["test", *options, "--ckpt_path", "best", "--model.length_normalised", "false"])
+    config = sorted((tmp_path / "OUT").glob("**/config.yaml"))[-1]
+    assert yaml.safe_load(config.read_text())["model"]["init_args"]["length_normalised"] is False
+
+
+def test_tensorboard_by_a_flag(options, tmp_path):
+    pytest.importorskip("tensorboard")
+    main(["fit", *options, "--trainer.max_steps", "1", "--tensorboard", "true"])
+    (events,) = (tmp_path / "OUT").glob("**/events.out.tfevents*")
+    assert (events.parent / "metrics.csv").is_file()
+
+
+def test_switches_of_the_trainer_are_respected(options, tmp_path):
+    switches = [
+        "--trainer.logger",
+        "false",
+        "--trainer.enable_checkpointing",
+        "false",
+        "--trainer.enable_progress_bar",
+        "false",
+    ]
+    main(["fit", *options, *switches, "--trainer.max_steps", "1"])
+    assert not list((tmp_path / "OUT").glob("**/*.ckpt"))
+    assert not list((tmp_path / "OUT").glob("**/metrics.csv"))
+
+
+# ---- mistakes -----------------------------------------------------------------------------------------------------------
+def fails(arguments: list[str], capsys) -> str:
+    """Run, expect exit code 2, and return the one line that says why."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("zo-lightning: error:")]
+    assert captured.err.rstrip().endswith(line)
+    return line
+
+
+MISTAKES = {
+    "misspelt task": (["--data.task", "sst3"], r"unknown task 'sst3', did you mean 'sst2'"),
+    "batch size of zero": (["--data.batch_size", "0"], r"batch_size must be at least 1, got 0"),
+    "unknown geometry": (["--trainer.callbacks.geometry.matrix=spectal"], r"geometry\['matrix'\].*got 'spectal'"),
+    "unknown geometry of the optimizer": (["--model.optimizer.geometry.vector=sing"], r"geometry\['vector'\].*got 'sing'"),
+    "max_steps missing": (["--trainer.max_steps", "-1"], r"set max_steps \(--trainer\.max_steps\)"),
+    "no such model": (["--model.model_name_or_path", "no/such"], r"cannot load the .*'no/such'"),
+    "no such option": (["--data.batchsize", "3"], r"batchsize"),
+    "not a number": (["--data.batch_size", "many"], r"batch_size.*many"),
+    "no such checkpoint": (["--ckpt_path", "nowhere.ckpt"], r"nowhere\.ckpt"),
+    "gradient clipping": (["--trainer.gradient_clip_val", "1"], r"clipping is not supported for manual optimization"),
+    "no such directions": (["--model.optimizer.directions", "guassian"], r"directions must be one of.*got 'guassian'"),
+    "update without unit norm": (["--model.optimizer.update", "sgd"], r"AdaNAGED needs steps of unit norm"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_in_one_line(mistake, options, capsys):
+    extra, message = MISTAKES[mistake]
+    line = fails(["fit", *options, *extra], capsys)
+    assert re.search(message, line), line
+
+
+def test_folder_without_the_column(options, tmp_path, capsys):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for name in ("train", "validation"):
+        (folder / f"{name}.jsonl").write_text('{"text": "a film", "label": 0}\n' * 64)
+    line = fails(["fit", *options, "--data.data_dir", str(folder)], capsys)
+    assert "sentence" in line
+    assert "train.jsonl" in line
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_model_that_is_not_a_decoder(kind, options, tmp_path, tiny_opt, capsys):
+    folder = tmp_path / kind
+    folder.mkdir()
+    for path in tiny_opt.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    line = fails(["fit", *options, "--model.model_name_or_path", str(folder)], capsys)
+    assert f"is a model of type '{kind}'" in line
+
+
+def test_weights_with_a_nan(options, tmp_path, capsys):
+    folder = save_tiny_model(tmp_path / "broken", tiny_config("opt"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.decoder.layers.0.fc1.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    line = fails(["fit", *options, "--model.model_name_or_path", str(folder)], capsys)
+    assert "'model.model.decoder.layers.0.fc1.weight'" in line
+
+
+def test_best_without_a_run(options, capsys):
+    assert "run fit first" in fails(["test", *options, "--ckpt_path", "best"], capsys)
+
+
+def test_no_subcommand(capsys):
+    assert "{fit,validate,test,predict}" in fails([], capsys)
+
+
+def test_debugging_shows_the_traceback(options, monkeypatch):
+    monkeypatch.setenv("ZO_LIGHTNING_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown task"):
+        main(["fit", *options, "--data.task", "sst3"])
+
+
+def test_bugs_keep_their_traceback(options, monkeypatch):
+    def broken(self, batch):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("zo_lightning.modules.CausalLMClassificationModule.loss", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        main(["fit", *options])
+
+
+def test_value_errors_from_deep_inside_keep_their_traceback(options, monkeypatch):
+    monkeypatch.setattr(
+        "zo_lightning.modules.CausalLMClassificationModule.loss", lambda self, batch: torch.distributions.Normal(torch.nan, 1)
+    )
+    with pytest.raises(ValueError, match="constraint"):
+        main(["fit", *options])

@@ -1,0 +1,137 @@
+"""One line before the first step: memory, time per step, and when the run will end."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from datetime import datetime, timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from zo_lightning.modules import ZOModule
+from zo_lightning.optim import Displacement, ParameterFree, ZerothOrder
+from zo_lightning.optim.world import World
+
+__all__ = ["Forecast"]
+
+_TIMED = 2  # forwards; the observed one before them warms up
+
+
+class Forecast(Callback):
+    """Says before the first step what the run needs, from forwards of the first batch at displaced weights.
+
+    For example ``5.4 M parameters in 20.6 MiB, peak memory 512 MiB; 0.12 s per step; 900 steps end at about 14:32 (in 2 min)``.
+    The memory is the peak so far: of the device's allocations on CUDA, of the process elsewhere. The end counts the
+    validations, where the sanity check ran a whole one (``num_sanity_val_steps=-1``). A later batch may be longer than the
+    first, so both are estimates. Works with :class:`~zo_lightning.modules.ZOModule`; silent with others.
+    """
+
+    def __init__(self) -> None:
+        self._said = False
+        self._validation_start = 0.0
+        self._validation_seconds = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """A new fit gets a new line."""
+        self._said = stage != "fit" or not isinstance(pl_module, ZOModule)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of a validation."""
+        self._validation_start = time.perf_counter()
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read it, if the validation is a whole one."""
+        if math.isinf(trainer.num_sanity_val_steps):
+            self._validation_seconds = time.perf_counter() - self._validation_start
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure and say, once."""
+        if self._said:
+            return
+        self._said = True
+        assert isinstance(pl_module, ZOModule)
+        optimizer = trainer.optimizers[0]
+        assert isinstance(optimizer, ZerothOrder)
+        with trainer.precision_plugin.train_step_context():
+            seconds, peak = _measure(pl_module, batch, optimizer)
+        count = sum(p.numel() for p in pl_module.parameters())
+        weights = sum(p.numel() * p.element_size() for p in pl_module.parameters())
+        seconds *= _forwards_per_step(optimizer)
+        rank_zero_info(
+            f"{count / 1e6:.1f} M parameters in {_size(weights)}, peak memory {_size(peak)}; {self._times(trainer, seconds)}"
+        )
+
+    def _times(self, trainer: Trainer, seconds: float) -> str:
+        each = f"{seconds:.2g} s per step"
+        steps = trainer.estimated_stepping_batches - trainer.global_step
+        if math.isinf(steps):
+            return f"{each}; the number of steps is not known"
+        validations = math.ceil(steps / trainer.val_check_batch) if trainer.val_check_batch else 0
+        total = steps * seconds + validations * self._validation_seconds
+        now = datetime.now()
+        end = now + timedelta(seconds=total)
+        clock = f"{end:%H:%M}" if end.date() == now.date() else f"{end:%Y-%m-%d %H:%M}"
+        return f"{each}; {steps:.0f} steps end at about {clock} (in {_duration(total)})"
+
+
+@torch.no_grad()
+def _measure(module: ZOModule, batch: Any, optimizer: ZerothOrder) -> tuple[float, float]:
+    """Seconds of one forward at displaced weights, and the peak memory in bytes. Leaves no trace in the module."""
+    parameters = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    device = next(iter(parameters.values())).device
+    world = World(module, [device])
+    displacement = Displacement(parameters, module)
+    displacement.observe(lambda: module.loss(batch))
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(_TIMED):
+        with displacement.at(lambda parameter: parameter.detach().clone()):
+            module.loss(batch)
+    _synchronize(device)
+    seconds = (time.perf_counter() - start) / _TIMED
+    world.rewind()
+    return seconds, _peak_memory(device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # KiB on Linux, bytes on macOS
+
+
+def _forwards_per_step(optimizer: ZerothOrder) -> float:
+    head = optimizer.param_groups[0]
+    forwards: float = head["num_directions"] * head["sides"] + (head["sides"] == 1)
+    if isinstance(optimizer.step_rule, ParameterFree) and head["sides"] == 2:
+        forwards += 1 / optimizer.step_rule.interval
+    return forwards
+
+
+def _size(count: float) -> str:
+    if math.isnan(count):
+        return "unknown"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

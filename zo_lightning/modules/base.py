@@ -1,0 +1,155 @@
+"""The LightningModule that trains with forward passes only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from zo_lightning.modules.errors import ModelError
+from zo_lightning.optim import GeometryMap, ZerothOrder
+from zo_lightning.optim.groups import GeometrySpec
+
+__all__ = ["ZOModule"]
+
+
+class ZOModule(LightningModule):
+    """Base class: override :meth:`loss`, and the Trainer fine-tunes with forward passes only.
+
+    Each batch is one call of ``self.optimizers().step(closure)``, so that ``max_steps``, the progress bar,
+    ``ModelCheckpoint`` and resuming count batches. Learning-rate schedulers are stepped here, as Lightning leaves them
+    to the module under manual optimization::
+
+        class Regression(ZOModule):
+            def __init__(self):
+                super().__init__()
+                self.net = nn.Linear(3, 1)
+
+            def loss(self, batch):
+                x, y = batch
+                return (self.net(x) - y).square().mean(dim=1)  # per example, or a scalar
+
+        Trainer(max_steps=500, callbacks=[AdaNAGED()]).fit(Regression(), loader)
+
+    Note:
+        Lightning runs ``on_before_optimizer_step`` hooks after each evaluation of the loss, so several times per step.
+
+    Args:
+        optimizer: Makes the :class:`~zo_lightning.optim.ZerothOrder` from parameter groups.
+        lr_scheduler: Makes a scheduler from the optimizer. It scales the step size of the parameter-free rule too.
+        lr_scheduler_interval: Whether the scheduler is stepped after each ``"step"`` or ``"epoch"``.
+
+    Attributes:
+        geometry: Rules that a callback hands over in its ``setup``; they replace those of the optimizer.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable = ZerothOrder,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["step", "epoch"] = "step",
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.geometry: Mapping[str, GeometrySpec] | None = None
+        self._make_optimizer = optimizer
+        self._make_lr_scheduler = lr_scheduler
+        self._lr_scheduler_interval = lr_scheduler_interval
+
+    def loss(self, batch: Any) -> Tensor:
+        """The loss of a batch: a scalar, or one loss per example (any shape), which makes better estimates possible.
+
+        It is called several times per step, under ``no_grad``, with the same random numbers each time.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `loss(self, batch)`")
+
+    def setup(self, stage: str) -> None:
+        """Refuse what does not work without gradients or has no meaning.
+
+        Raises:
+            MisconfigurationException: For 16-bit mixed precision, and for several processes.
+        """
+        if stage != "fit":
+            return
+        if self.trainer.precision == "16-mixed":
+            raise MisconfigurationException(
+                "precision '16-mixed' scales gradients, and there are none here; use 'bf16-mixed', 'bf16-true' or '16-true'"
+            )
+        if self.trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"training runs on one device, got {self.trainer.world_size}; set devices=1 (--trainer.devices 1)"
+            )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One :class:`~zo_lightning.optim.ZerothOrder` over the trainable parameters, grouped by geometry.
+
+        Raises:
+            MisconfigurationException: If ``optimizer`` makes something else, or the scheduler needs a metric.
+        """
+        # the directions decide which geometries are the default, and only the optimizer knows them: hence a draft first
+        draft = self._optimizer_over([(name, p) for name, p in self.named_parameters() if p.requires_grad])
+        rules = draft.geometry if self.geometry is None else GeometryMap(self.geometry, directions=draft.directions)
+        optimizer = self._optimizer_over(rules.split(self.named_parameters(), self)).attach(self)
+        if self._make_lr_scheduler is None:
+            return optimizer
+        scheduler = self._make_lr_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise MisconfigurationException("ReduceLROnPlateau is not supported: use a scheduler that needs no metric")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self._lr_scheduler_interval}}
+
+    def on_fit_start(self) -> None:
+        """Check the weights, so that a broken checkpoint is found before the first step.
+
+        Raises:
+            ModelError: If a weight is NaN or infinite.
+        """
+        named = dict(self.named_parameters())
+        finite = torch.stack([p.detach().isfinite().all() for p in named.values()]).tolist()
+        broken = [name for name, good in zip(named, finite, strict=True) if not good]
+        if broken:
+            raise ModelError(
+                f"the weights hold NaN or infinite values in {broken[0]!r}"
+                f"{f' and {len(broken) - 1} more' if len(broken) > 1 else ''}; load a sound checkpoint"
+            )
+
+    # no_grad rather than inference_mode: buffers made here are changed later
+    @torch.no_grad()
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step of the optimizer; logs ``train/loss``, the mean loss at the probes."""
+        examples = 1
+
+        def closure() -> Tensor:
+            nonlocal examples
+            losses = self.loss(batch)
+            examples = losses.numel()
+            return losses
+
+        loss = self.optimizers().step(closure)  # type: ignore[union-attr]
+        self.log("train/loss", loss, prog_bar=True, batch_size=examples)
+        self._step_lr_schedulers("step", self.trainer.global_step)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Step the schedulers whose interval is an epoch."""
+        self._step_lr_schedulers("epoch", self.trainer.current_epoch + 1)
+
+    def _step_lr_schedulers(self, interval: str, count: int) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval == interval and count % config.frequency == 0:
+                config.scheduler.step()  # type: ignore[call-arg]  # none that needs a metric, see configure_optimizers
+
+    def _optimizer_over(self, params: list[Any]) -> ZerothOrder:
+        if not params:
+            raise ModelError(f"{type(self).__name__} has no trainable parameter: all are frozen (requires_grad=False)")
+        optimizer = self._make_optimizer(params)
+        if not isinstance(optimizer, ZerothOrder):
+            raise MisconfigurationException(
+                f"the optimizer must be zo_lightning.optim.ZerothOrder or a subclass, got {type(optimizer).__name__}"
+            )
+        return optimizer

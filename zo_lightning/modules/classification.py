@@ -1,0 +1,199 @@
+"""Classification by prompting: a decoder scores the verbalisers of each class."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from transformers import PreTrainedModel
+
+from zo_lightning.assets import resolve
+from zo_lightning.modules.base import ZOModule
+from zo_lightning.modules.pretrained import load_causal_lm, weights_dtype
+from zo_lightning.modules.scoring import candidate_scores, classification_losses
+from zo_lightning.optim import ZerothOrder
+
+__all__ = ["CausalLMClassificationModule"]
+
+
+class CausalLMClassificationModule(ZOModule):
+    """A causal language model that classifies by the likelihood of each class's candidate text.
+
+    The batches are those of :class:`~zo_lightning.data.PromptClassificationDataModule`. Logits are computed at the scored
+    positions only; losses are float32 from the logits on. Logs ``train/loss``, and ``loss``, ``acc`` and (macro) ``f1``
+    under ``val/`` and ``test/``.
+
+    Args:
+        model_name_or_path: A folder or a name on the Hugging Face hub; ``quickstart`` is the tiny model of this package.
+        dropout: Whether the model's dropout is active in training. All probes of a step see the same mask.
+        length_normalised: Whether a candidate's log-likelihood is divided by its number of tokens.
+        num_classes: For the metrics; None asks the datamodule.
+        trust_remote_code: Whether code that comes with the model may run.
+        attn_implementation: Passed to transformers, for example ``sdpa``.
+        optimizer: See :class:`ZOModule`.
+        lr_scheduler: See :class:`ZOModule`.
+        lr_scheduler_interval: See :class:`ZOModule`.
+
+    Attributes:
+        model: The language model, once :meth:`configure_model` has run.
+    """
+
+    #: What to keep the best checkpoint by.
+    monitor = "val/loss"
+    #: Whether less or more of it is better.
+    mode = "min"
+
+    def __init__(
+        self,
+        model_name_or_path: str = "facebook/opt-1.3b",
+        dropout: bool = False,
+        length_normalised: bool = True,
+        num_classes: int | None = None,
+        trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        optimizer: OptimizerCallable = ZerothOrder,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["step", "epoch"] = "step",
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval)
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.model_name_or_path = resolve(model_name_or_path)
+        self.dropout = dropout
+        self.length_normalised = length_normalised
+        self.num_classes = num_classes
+        self.trust_remote_code = trust_remote_code
+        self.attn_implementation = attn_implementation
+        self.model: PreTrainedModel | None = None
+        self._takes_position_ids = False
+        self.val_metrics: MetricCollection | None = None
+        self.test_metrics: MetricCollection | None = None
+
+    # ---- set-up --------------------------------------------------------------------------------------------------------
+    def configure_model(self) -> None:
+        """Load the weights, once, in the dtype of ``trainer.precision`` (float32 without a Trainer)."""
+        if self.model is not None:
+            return
+        try:
+            precision = str(self.trainer.precision)
+        except RuntimeError:  # not attached to a Trainer, as in load_from_checkpoint
+            precision = "32-true"
+        self.model = load_causal_lm(
+            self.model_name_or_path,
+            weights_dtype(precision),
+            trust_remote_code=self.trust_remote_code,
+            attn_implementation=self.attn_implementation,
+        )
+        # transformers returns eval mode; on_train_start decides for training
+        self.model.train()
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        self._takes_position_ids = "position_ids" in inspect.signature(inner.forward).parameters
+
+    def setup(self, stage: str) -> None:
+        """Make the metrics of the stage.
+
+        Raises:
+            MisconfigurationException: If the number of classes is unknown; see also :meth:`ZOModule.setup`.
+        """
+        super().setup(stage)
+        if stage == "predict":
+            return
+        classes = self.num_classes
+        if classes is None:
+            classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if classes is None:
+            raise MisconfigurationException(
+                "the number of classes is unknown: the datamodule has no `num_classes`; give the module num_classes=..."
+            )
+        metrics = MetricCollection(
+            {
+                "acc": MulticlassAccuracy(classes, average="micro"),
+                "f1": MulticlassF1Score(classes, average="macro"),
+            }
+        )
+        if stage == "test":
+            self.test_metrics = metrics.clone(prefix="test/")
+        else:
+            self.val_metrics = metrics.clone(prefix="val/")
+
+    def on_train_start(self) -> None:
+        """Switch dropout off, unless it is wanted. Only now: Lightning warns of modules in eval mode at its own start."""
+        if self.model is not None and not self.dropout:
+            self.model.eval()
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------------
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Score the classes of each example.
+
+        Args:
+            batch: See :class:`zo_lightning.data.ScoringBatch`.
+
+        Returns:
+            Shape (B, K), float32: mean (or summed) log-likelihoods in nats, ``-inf`` where an example has fewer classes.
+        """
+        return candidate_scores(self._scored_logits(batch), batch, length_normalised=self.length_normalised)
+
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Cross-entropy over the classes, per example: shape (B,), float32, in nats."""
+        return classification_losses(self(batch), batch["label"])
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log ``val/loss``, ``val/acc`` and ``val/f1``."""
+        assert self.val_metrics is not None
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log ``test/loss``, ``test/acc`` and ``test/f1``."""
+        assert self.test_metrics is not None
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+        """One dictionary per example: ``index`` (row of the split), ``prediction`` (class), ``scores`` (one per class)."""
+        scores = self(batch)
+        columns = batch["index"].tolist(), scores.argmax(dim=1).tolist(), scores.tolist()
+        return [
+            {"index": index, "prediction": prediction, "scores": [s for s in row if s != -torch.inf]}
+            for index, prediction, row in zip(*columns, strict=True)
+        ]
+
+    def _evaluate(self, batch: Mapping[str, Tensor], prefix: str, metrics: MetricCollection) -> None:
+        scores, label = self(batch), batch["label"]
+        loss = classification_losses(scores, label).mean()
+        metrics.update(scores.argmax(dim=1), label)
+        # Lightning weights the mean over batches by their sizes
+        self.log(f"{prefix}/loss", loss, on_epoch=True, batch_size=label.numel())
+        self.log_dict(metrics, on_epoch=True, batch_size=label.numel())
+
+    def _scored_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Next-token logits at the plan's positions, shape (P, V).
+
+        The hidden states are gathered in front of the head, so that all that the model does to its logits afterwards
+        (scaling, soft-capping) stays. The head over all positions costs 40 % of an OPT-125m forward.
+        """
+        assert self.model is not None, "configure_model has not run"
+        head = self.model.get_output_embeddings()
+        row, position = batch["logit_row"], batch["logit_position"]
+
+        def gather(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (args[0][row, position].unsqueeze(0), *args[1:])
+
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if self._takes_position_ids:
+            inputs["position_ids"] = batch["position_ids"]
+        handle = head.register_forward_pre_hook(gather)
+        try:
+            logits = self.model(**inputs, use_cache=False).logits
+        finally:
+            handle.remove()
+        if logits.shape[:2] != (1, row.numel()):
+            raise RuntimeError(
+                f"{type(self.model).__name__} returned logits of shape {tuple(logits.shape)} where (1, {row.numel()}, V) "
+                "was expected; its output head is not called once on the hidden states"
+            )
+        return logits[0]
