@@ -1,7 +1,7 @@
 """A module whose loss is a quadratic of its weights and the batch, for what does not need a language model."""
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -33,6 +33,16 @@ class Validated(Quadratic):
 
     def validation_step(self, batch, batch_idx):
         self.log("val/loss", self.loss(batch).mean(), batch_size=len(batch[0]))
+
+
+class StopAt(Callback):
+    """Ends a run of unknown length."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step >= self.step
 
 
 def batches(count: int = 4, size: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:

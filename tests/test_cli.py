@@ -111,6 +111,14 @@ def test_configuration_wins_over_the_checkpoints_arguments(options, tmp_path):
     assert yaml.safe_load(config.read_text())["model"]["init_args"]["length_normalised"] is False
 
 
+def test_saved_configuration_runs_again(options, tmp_path):
+    main(["fit", *options, "--trainer.max_steps", "2"])
+    (config,) = (tmp_path / "OUT").glob("**/config.yaml")
+    main(["fit", "--config", str(config)])
+    first, second = (torch.load(path, weights_only=True) for path in (tmp_path / "OUT").glob("**/best.ckpt"))
+    assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
+
+
 def test_tensorboard_by_a_flag(options, tmp_path):
     pytest.importorskip("tensorboard")
     main(["fit", *options, "--trainer.max_steps", "1", "--tensorboard", "true"])

@@ -60,10 +60,11 @@ class ZOCLI(LightningCLI):
         """Find the checkpoint that ``--ckpt_path best`` means: the newest kept under the root folder."""
         if self._checkpoint == "best":
             root = Path(self._options["trainer"]["default_root_dir"] or Path.cwd())
-            found = sorted(root.glob("**/checkpoints/best.ckpt"), key=lambda path: path.stat().st_mtime)
+            folders = ("checkpoints", "lightning_logs/*/checkpoints")  # without and with a logger
+            found = [path for folder in folders for path in root.glob(f"{folder}/best.ckpt")]
             if not found:
                 raise FileNotFoundError(f"--ckpt_path best: no checkpoints/best.ckpt under {str(root)!r}; run fit first")
-            self._checkpoint = str(found[-1])
+            self._checkpoint = str(max(found, key=lambda path: path.stat().st_mtime))
         if self.subcommand is not None:
             self._options["ckpt_path"] = self._checkpoint
 

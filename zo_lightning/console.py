@@ -19,7 +19,7 @@ from zo_lightning.optim import CalibrationError, NonFiniteLossError
 
 __all__ = ["one_line_errors", "quiet"]
 
-_USERS = (MisconfigurationException, CalibrationError, NonFiniteLossError, OSError, torch.OutOfMemoryError)
+_USERS = (MisconfigurationException, CalibrationError, NonFiniteLossError, OSError, ModuleNotFoundError, torch.OutOfMemoryError)
 # a ValueError raised by these is about an argument; one from deeper inside (torch, numpy) is a bug and shows its traceback
 _CHECKING = ("zo_lightning", "lightning", "jsonargparse")
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from tests.quadratic import Quadratic, Validated, loader, trainer, weights
+from tests.quadratic import Quadratic, StopAt, Validated, loader, trainer, weights
 from zo_lightning.callbacks import AdaNAGED, Forecast
 
 LINE = (
@@ -30,7 +30,7 @@ def test_one_line(kind, tmp_path, caplog):
 
 
 def test_says_so_where_the_end_is_not_known(tmp_path, caplog):
-    run = trainer(tmp_path, max_epochs=-1, max_time={"seconds": 1}, callbacks=[AdaNAGED(), Forecast()])
+    run = trainer(tmp_path, max_epochs=-1, callbacks=[AdaNAGED(), Forecast(), StopAt(2)])
     run.fit(Quadratic(), loader())
     assert "the number of steps is not known" in caplog.text
 

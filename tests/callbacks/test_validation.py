@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.quadratic import Validated, loader, trainer
+from tests.quadratic import StopAt, Validated, loader, trainer
 from zo_lightning.callbacks import AdaNAGED, SpacedValidation
 
 
@@ -40,8 +40,18 @@ def test_intervals_of_the_trainer_stay_and_the_end_is_validated(tmp_path):
     assert validations(tmp_path, max_steps=10, val_check_interval=3, check_val_every_n_epoch=None) == [3, 6, 9, 10]
 
 
-def test_epochs_validate_at_their_end(tmp_path):
-    assert validations(tmp_path, max_epochs=2) == [4, 8]
+def test_runs_measured_in_epochs(tmp_path):
+    assert validations(tmp_path, max_epochs=2) == [2, 4, 6, 8]
+    assert validations(tmp_path, max_epochs=2, check_val_every_n_epoch=2) == [8]
+
+
+def test_whichever_of_steps_and_epochs_ends_first(tmp_path):
+    assert validations(tmp_path, max_epochs=2, max_steps=1000) == [2, 4, 6, 8]
+    assert validations(tmp_path, max_epochs=100, max_steps=5) == [1, 2, 3, 4, 5]
+
+
+def test_unknown_length_keeps_the_trainers_intervals(tmp_path):
+    assert validations(tmp_path, max_epochs=-1, callbacks=[StopAt(9)]) == [4, 8, 9]
 
 
 def test_last_weights_are_kept(tmp_path):

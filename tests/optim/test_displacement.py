@@ -93,14 +93,14 @@ def test_the_slope_is_the_directional_derivative(name, attach):
     with torch.enable_grad():
         gradients = torch.autograd.grad(case.loss(module), list(parameters.values()))
     expected = sum((g * direction(n, g).double()).sum() for (n, _), g in zip(parameters.items(), gradients, strict=True))
-    optimizer = ZerothOrder(module.named_parameters(), lr=0.0, smoothing=1e-4, directions="gaussian", update="sgd")
+    optimizer = ZerothOrder(module.named_parameters(), lr=0.0, smoothing=1e-4, directions="gaussian", update="sgd", seed=0)
     if attach:
         optimizer.attach(module)
     optimizer.step(lambda: case.loss(module))
     assert optimizer.last.slopes[0] == pytest.approx(float(expected), rel=1e-5, abs=1e-8)
     # and each parameter alone: none is left out, none counted twice
     for (n, parameter), g in zip(parameters.items(), gradients, strict=True):
-        alone = ZerothOrder([(n, parameter)], lr=0.0, smoothing=1e-4, directions="gaussian", update="sgd")
+        alone = ZerothOrder([(n, parameter)], lr=0.0, smoothing=1e-4, directions="gaussian", update="sgd", seed=0)
         if attach:
             alone.attach(module)
         alone.step(lambda: case.loss(module))
@@ -112,9 +112,7 @@ def test_the_slope_is_the_directional_derivative(name, attach):
 def test_an_update_reaches_the_next_forward(name):
     case = CASES[name]
     module = case.module()
-    optimizer = ZerothOrder(module.named_parameters(), lr=0.1, smoothing=1e-3, directions="gaussian", update="lmo").attach(
-        module
-    )
+    optimizer = ZerothOrder(module.named_parameters(), lr=0.1, directions="gaussian", seed=0).attach(module)
     optimizer.step(lambda: case.loss(module))
     with torch.no_grad():
         weights = {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -150,7 +148,7 @@ def test_every_dtype_is_bit_exact(dtype, attach):
         module.head.weight.copy_(torch.tensor([1e-7, -3.0, 0.33325195, -0.0]).repeat(3, 1))
     before = bits(module)
     for direction_family in ("low_rank", "gaussian", "rademacher", "sphere"):
-        optimizer = ZerothOrder(module.named_parameters(), smoothing=0.37, directions=direction_family, update="sgd")
+        optimizer = ZerothOrder(module.named_parameters(), smoothing=0.37, directions=direction_family, update="sgd", seed=0)
         if attach:
             optimizer.attach(module)
         with pytest.warns(UserWarning, match="the update is skipped"):
@@ -189,7 +187,7 @@ def failing(error, at_call: int) -> nn.Module:
 def test_an_exception_in_the_middle_of_a_forward_leaves_no_trace(error, at_call, attach):
     module = failing(error, at_call)
     parameters = dict(module.named_parameters())
-    optimizer = ZerothOrder(module.named_parameters(), smoothing=0.1, lr=0.1)
+    optimizer = ZerothOrder(module.named_parameters(), smoothing=0.1, lr=0.1, seed=0)
     if attach:
         optimizer.attach(module)
     x = inputs(5, 4, dtype=torch.float32)
@@ -249,7 +247,7 @@ def test_an_interrupt_while_the_update_is_written_waits_until_all_of_it_is(monke
     whole, interrupted = case.module(), case.module()
 
     def optimizer(module):
-        return ZerothOrder(module.named_parameters(), lr=0.1, smoothing=0.01).attach(module)
+        return ZerothOrder(module.named_parameters(), lr=0.1, smoothing=0.01, seed=0).attach(module)
 
     expected = optimizer(whole)
     expected.step(lambda: case.loss(whole))
@@ -291,7 +289,7 @@ def test_deferred_interrupt_hands_over_to_whatever_handler_there_was():
 def test_a_checkpoint_taken_between_forwards_holds_the_weights(name):
     case = CASES[name]
     module = case.module(torch.float32)
-    optimizer = ZerothOrder(module.named_parameters(), smoothing=0.1, lr=0.1).attach(module)
+    optimizer = ZerothOrder(module.named_parameters(), smoothing=0.1, lr=0.1, seed=0).attach(module)
     optimizer.step(lambda: case.loss(module))
     before = bits(module)
     compared = []
@@ -326,7 +324,7 @@ def test_weights_of_modules_that_are_not_running_are_at_rest():
 @pytest.mark.parametrize("q", [1, 3])
 def test_dense_directions_are_never_whole_in_memory(family, q):
     module = nn.Sequential(*[nn.Linear(8, 8) for _ in range(12)])
-    optimizer = ZerothOrder(module.named_parameters(), directions=family, num_directions=q, update="sgd").attach(module)
+    optimizer = ZerothOrder(module.named_parameters(), directions=family, num_directions=q, update="sgd", seed=0).attach(module)
     alive: weakref.WeakSet = weakref.WeakSet()
     most = 0
     draw = optimizer.directions.draw
@@ -358,7 +356,7 @@ def test_unused_parameters_are_named():
 
 def test_a_module_that_first_runs_later_is_displaced_too():
     module = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)}).double()
-    optimizer = ZerothOrder(module.named_parameters(), lr=0.0, smoothing=1e-4, directions="gaussian", update="sgd")
+    optimizer = ZerothOrder(module.named_parameters(), lr=0.0, smoothing=1e-4, directions="gaussian", update="sgd", seed=0)
     optimizer.attach(module)
     x = inputs(2, 4)
     with pytest.warns(UserWarning, match="not used by the first forward pass"):
@@ -440,8 +438,9 @@ def test_a_foreign_parameter_is_refused():
 def test_attaching_a_wrapper_works():
     inner = CASES["called_twice"].module()
     outer = nn.Sequential(inner)
-    optimizer = ZerothOrder(inner.named_parameters(), lr=0.0, smoothing=1e-4, directions="gaussian", update="sgd").attach(outer)
+    settings = {"lr": 0.0, "smoothing": 1e-4, "directions": "gaussian", "update": "sgd", "seed": 0}
+    optimizer = ZerothOrder(inner.named_parameters(), **settings).attach(outer)
     optimizer.step(lambda: CASES["called_twice"].loss(outer))
-    alone = ZerothOrder(inner.named_parameters(), lr=0.0, smoothing=1e-4, directions="gaussian", update="sgd").attach(inner)
+    alone = ZerothOrder(inner.named_parameters(), **settings).attach(inner)
     alone.step(lambda: CASES["called_twice"].loss(inner))
     assert optimizer.last.slopes == alone.last.slopes

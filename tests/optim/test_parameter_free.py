@@ -47,19 +47,29 @@ def report(step: int, loss: float, curvature: float | None = None, finite: bool 
 class Hand:
     """The formulas written from the lists of everything seen."""
 
-    def __init__(self, n, *, f_low, eta, schedule, t0, base, curvatures) -> None:
+    def __init__(self, n, *, f_low, eta, schedule, t0, base, curvatures, share) -> None:
         self.n, self.f_low, self.eta, self.schedule, self.t0 = n, f_low, eta, schedule, t0
-        self.curvatures, self.losses = list(curvatures), [base]
+        self.curvatures, self.losses, self.share = list(curvatures), [base], share
+
+    def moments(self, count: int) -> tuple[float, float]:
+        """Weighted mean and variance of the first losses: equal weights for fifty, then a memory of fifty."""
+        weights: list[float] = []
+        for k in range(1, count + 1):
+            newest = max(1 / k, 0.02)
+            weights = [w * (1 - newest) for w in weights] + [newest]
+        mean = sum(w * x for w, x in zip(weights, self.losses, strict=False))
+        return mean, sum(w * (x - mean) ** 2 for w, x in zip(weights, self.losses, strict=False))
 
     def sizes(self, t: int) -> tuple[float, float]:
         curvature = statistics.fmean(self.curvatures)
-        average = 0.0
-        for k, loss in enumerate(self.losses, 1):
-            weight = max(1 / k, 0.02)
-            average = (1 - weight) * average + weight * loss
-        gap = average - self.f_low
+        mean, variance = self.moments(len(self.losses))
+        gap = mean - self.f_low
+        attainable = self.share * gap
+        if len(self.losses) >= 50:
+            fallen = self.moments(50)[0] - mean - math.sqrt(variance / 50)
+            attainable = min(gap, max(attainable, 2 * fallen))
         n = self.n if self.n is not None else t + self.t0
-        gamma = math.sqrt(2 * gap / (n * curvature))
+        gamma = math.sqrt(2 * attainable / (n * curvature))
         if self.n is not None and self.schedule == "linear":
             gamma *= math.sqrt(3) * max(0.0, 1 - t / n)
         return gamma, math.sqrt(2 * self.eta * gap / curvature)
@@ -69,18 +79,22 @@ class Hand:
 @pytest.mark.parametrize("n", [200, None])
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 @pytest.mark.parametrize("f_low", [0.0, -1.5])
-def test_gamma_and_tau_by_hand(n, schedule, f_low):
-    rule = ParameterFree(n, f_low=f_low, probe_rise=0.02, interval=7, schedule=schedule, unknown_horizon=30)
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_gamma_and_tau_by_hand(n, schedule, f_low, share):
+    settings = {"probe_rise": 0.02, "interval": 7, "schedule": schedule, "unknown_horizon": 30, "attainable": share}
+    rule = ParameterFree(n, f_low=f_low, **settings)
     curvatures = [3.0, 5.0, 4.0]
     probe = Landscape(2.0, *map(parabola, curvatures))
-    hand = Hand(n, f_low=f_low, eta=0.02, schedule=schedule, t0=30, base=2.0, curvatures=curvatures)
+    hand = Hand(n, f_low=f_low, eta=0.02, schedule=schedule, t0=30, base=2.0, curvatures=curvatures, share=share)
     noise = torch.Generator().manual_seed(0)
+    shares = set()
     for t in range(150):
         wanted = rule.before_step(t, probe)
         assert wanted == (t % 7 == 0)
         gamma, tau = hand.sizes(t)
         assert rule.step_size == pytest.approx(gamma, rel=1e-9)
         assert rule.smoothing == pytest.approx(tau, rel=1e-9)
+        shares.add(round(rule.attainable_gap / rule.gap, 3))
         loss, curvature = 2.0 / (1 + t / 50) + 0.1 * torch.rand((), generator=noise).item(), None
         if wanted:
             curvature = 4 * torch.randn((), generator=noise).item()  # half of them negative: clipped, and counted
@@ -88,10 +102,12 @@ def test_gamma_and_tau_by_hand(n, schedule, f_low):
         hand.losses.append(loss)
         rule.after_step(report(t, loss, curvature))
     assert rule.curvature == pytest.approx(statistics.fmean(hand.curvatures))
+    assert min(shares) == share
+    assert (len(shares) > 1) == (share < 1), "the fall of the loss was large enough to count"
 
 
 def test_a_small_example_in_plain_numbers():
-    rule = ParameterFree(100, schedule="constant", interval=1)
+    rule = ParameterFree(100, schedule="constant", interval=1, attainable=1.0)
     rule.before_step(0, Landscape(8.0, parabola(4.0)))
     assert rule.curvature == pytest.approx(4.0)
     assert rule.gap == 8.0
@@ -99,6 +115,13 @@ def test_a_small_example_in_plain_numbers():
     assert rule.smoothing == pytest.approx(math.sqrt(2 * 0.01 * 8 / 4))  # 0.2: a rise of 4/2 · 0.04 = 0.08 = 1 % of 8
     rule.after_step(report(0, 6.0, 12.0))
     assert rule.gap == 7.0
+    rule.before_step(1, Landscape(8.0))
+    assert rule.attainable_gap == 7.0
+    assert ParameterFree(100).attainable == 0.1
+    tenth = ParameterFree(100, schedule="constant")
+    tenth.before_step(0, Landscape(8.0, parabola(4.0)))
+    assert tenth.step_size == pytest.approx(math.sqrt(2 * 0.1 * 8 / (100 * 4)))
+    assert tenth.smoothing == pytest.approx(0.2), "the smoothing follows the whole gap"
     assert rule.curvature == pytest.approx((4 + 4 + 4 + 12) / 4)
 
 
@@ -106,7 +129,7 @@ def test_the_linear_schedule_ends_at_zero_and_keeps_the_sum_of_squares():
     n = 1000
     squares = {}
     for schedule in ("linear", "constant"):
-        rule = ParameterFree(n, schedule=schedule)
+        rule = ParameterFree(n, schedule=schedule, attainable=1.0)
         rule.before_step(0, Landscape(1.0, parabola(1.0)))
         squares[schedule] = 0.0
         for t in range(n):
@@ -137,7 +160,7 @@ def test_gamma_goes_with_one_over_the_root_of_the_horizon(n, factor):
 
 
 def test_an_unknown_horizon_grows_with_the_steps():
-    rule = ParameterFree(None)  # t₀ = 1000, and no decay though "linear" is the default
+    rule = ParameterFree(None, attainable=1.0)  # t₀ = 1000, and no decay though "linear" is the default
     rule.before_step(0, Landscape(2.0, parabola(1.0)))
     assert rule.step_size == pytest.approx(math.sqrt(4 / 1000))
     rule.before_step(3000, Landscape(2.0))
@@ -274,6 +297,9 @@ def test_the_state_is_plain_and_the_round_trip_exact():
         ({"total_steps": 0}, "total_steps must be at least 1, or None if unknown, got 0"),
         ({"probe_rise": 0.0}, "probe_rise must be positive, got 0.0"),
         ({"probe_rise": math.nan}, "probe_rise must be positive, got nan"),
+        ({"attainable": 0.0}, r"attainable must be a share in \(0, 1\], got 0.0"),
+        ({"attainable": 1.5}, r"attainable must be a share in \(0, 1\], got 1.5"),
+        ({"attainable": math.nan}, r"attainable must be a share in \(0, 1\], got nan"),
         ({"interval": 0}, "interval must be at least 1 step, got 0"),
         ({"schedule": "cosine"}, "schedule must be 'linear' or 'constant', got 'cosine'"),
         ({"unknown_horizon": 0}, "unknown_horizon must be at least 1 step, got 0"),
@@ -304,10 +330,9 @@ class Bowl(nn.Module):
 def test_the_optimizer_measures_the_analytic_curvature(directions, sides):
     module = Bowl()
     rule = ParameterFree(100, interval=2)
-    optimizer = ZerothOrder(
-        module.named_parameters(), directions=directions, sides=sides, geometry={"vector": {"name": "euclidean", "radius": 1}},
-        step_rule=rule,
-    ).attach(module)  # fmt: skip
+    geometry = {"vector": {"name": "euclidean", "radius": 1}}
+    settings = {"directions": directions, "sides": sides, "geometry": geometry, "step_rule": rule, "seed": 0}
+    optimizer = ZerothOrder(module.named_parameters(), **settings).attach(module)
     base = float(module().detach())
     for t in range(4):
         optimizer.step(module)
@@ -355,7 +380,9 @@ FAMILIES = {
 def fit(settings: dict, steps: int = 160, scale: float = 1.0, **more) -> tuple[nn.Module, ZerothOrder, float, float]:
     """Returns the model, the optimizer, and the loss before and after."""
     module, x, y = problem()
-    optimizer = ZerothOrder(module.named_parameters(), step_rule=ParameterFree(steps), **copy.deepcopy(settings), **more)
+    optimizer = ZerothOrder(
+        module.named_parameters(), **{"step_rule": ParameterFree(steps), "seed": 0, **copy.deepcopy(settings), **more}
+    )
     optimizer.attach(module)
 
     def loss() -> torch.Tensor:
@@ -377,7 +404,7 @@ def test_it_trains_untuned(settings):
 @pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
 def test_it_trains_with_an_unknown_horizon_and_other_estimators(settings):
     module, x, y = problem()
-    optimizer = ZerothOrder(module.named_parameters(), step_rule=ParameterFree(), num_directions=2, sides=1, **settings)
+    optimizer = ZerothOrder(module.named_parameters(), step_rule=ParameterFree(), num_directions=2, sides=1, seed=0, **settings)
     optimizer.attach(module)
     with torch.no_grad():
         losses = [float(optimizer.step(lambda: F.cross_entropy(module(x), y))) for _ in range(100)]
@@ -418,6 +445,7 @@ def test_a_quadratic_is_minimised():
         directions="sphere",
         geometry={"vector": {"name": "euclidean", "radius": 1}},
         step_rule=ParameterFree(200),
+        seed=0,
     ).attach(module)
     start = float(module().detach())
     for _ in range(200):

@@ -45,7 +45,7 @@ def mean(module: nn.Module) -> torch.Tensor:
 
 
 def optimizer_of(module: nn.Module, attach: bool = True, **settings) -> ZerothOrder:
-    optimizer = ZerothOrder(module.named_parameters(), **{"lr": 0.05, "smoothing": 0.02, **settings})
+    optimizer = ZerothOrder(module.named_parameters(), **{"lr": 0.05, "smoothing": 0.02, "seed": 0, **settings})
     return optimizer.attach(module) if attach else optimizer
 
 
@@ -405,7 +405,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(settings, dtype, tmp_pat
     assert again == losses
     assert same_bits(bits(other), bits(module))
     assert resumed.step_index == optimizer.step_index == 11
-    assert resumed.forwards == optimizer.forwards + 1, "it finds out once more how parameters are used"
+    assert resumed.forwards == optimizer.forwards
 
 
 def test_other_directions_are_refused():
@@ -625,7 +625,8 @@ def test_groups_are_checked_at_once_not_at_the_first_step():
 def test_a_group_added_later_is_probed_too():
     module = mixed()
     named = list(module.named_parameters())
-    optimizer = ZerothOrder(named[:2], lr=0.0, smoothing=1e-4, directions="gaussian", update="sgd").attach(module)
+    optimizer = ZerothOrder(named[:2], lr=0.0, smoothing=1e-4, directions="gaussian", update="sgd", seed=0)
+    optimizer.attach(module)
     train(module, optimizer, 1)
     with pytest.raises(ValueError, match="a parameter group needs a geometry, one of column"):
         optimizer.add_param_group({"params": named[2:]})
@@ -650,14 +651,32 @@ def test_closure_errors():
 
 def test_directions_depend_on_names_not_on_order_or_grouping():
     a, b = mixed(), mixed()
-    first = ZerothOrder(list(a.named_parameters()), smoothing=1e-3, directions="gaussian", lr=0.1).attach(a)
-    second = ZerothOrder(list(b.named_parameters())[::-1], smoothing=1e-3, directions="gaussian", lr=0.1).attach(b)
+    first = ZerothOrder(list(a.named_parameters()), smoothing=1e-3, directions="gaussian", lr=0.1, seed=3).attach(a)
+    second = ZerothOrder(list(b.named_parameters())[::-1], smoothing=1e-3, directions="gaussian", lr=0.1, seed=3).attach(b)
     train(a, first, 2)
     train(b, second, 2)
     assert same_bits(bits(a), bits(b))
     c = mixed()
     train(c, optimizer_of(c, smoothing=1e-3, directions="gaussian", lr=0.1, seed=1), 2)
     assert not same_bits(bits(a), bits(c))
+
+
+def test_without_a_seed_the_global_one_decides_and_is_kept():
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        module = mixed()
+        optimizer = optimizer_of(module, seed=None)
+        assert {group["seed"] for group in optimizer.param_groups} == {seed}
+        train(module, optimizer, 1)
+        torch.manual_seed(99)  # from here on it plays no part
+        train(module, optimizer, 1)
+        runs.append((module, optimizer))
+    assert same_bits(bits(runs[0][0]), bits(runs[1][0]))
+    assert not same_bits(bits(runs[0][0]), bits(runs[2][0]))
+    resumed = optimizer_of(runs[0][0], seed=None)
+    resumed.load_state_dict(runs[2][1].state_dict())
+    assert {group["seed"] for group in resumed.param_groups} == {2}, "a checkpoint's seed goes on"
 
 
 # ---- half precision ----------------------------------------------------------------------------------------------------
@@ -684,7 +703,11 @@ def test_updates_far_below_the_resolution_still_move_the_mean(dtype):
     with torch.no_grad():
         module.weight.fill_(1)
     optimizer = ZerothOrder(
-        [{"params": list(module.named_parameters()), "geometry": "sign"}], lr=eps / 100, smoothing=0.05, directions="rademacher"
+        [{"params": list(module.named_parameters()), "geometry": "sign"}],
+        lr=eps / 100,
+        smoothing=0.05,
+        directions="rademacher",
+        seed=0,
     ).attach(module)
     x = torch.ones(1, 1, dtype=dtype)
     moved = 0.0

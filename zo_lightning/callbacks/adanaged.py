@@ -33,6 +33,7 @@ class AdaNAGED(Callback):
 
     Args:
         f_low: A lower bound of the loss; 0 for cross-entropy.
+        attainable: φ, the share of the gap that the run is expected to close until it has shown more; in (0, 1].
         probe_rise: η, the share of the gap by which a probe may raise the loss.
         interval: K, steps between measurements of the curvature; each costs one forward.
         schedule: ``"linear"`` decay to zero at N, or ``"constant"``.
@@ -46,6 +47,7 @@ class AdaNAGED(Callback):
     def __init__(
         self,
         f_low: float = 0.0,
+        attainable: float = 0.1,
         probe_rise: float = 0.01,
         interval: int = 10,
         schedule: Literal["linear", "constant"] = "linear",
@@ -53,6 +55,7 @@ class AdaNAGED(Callback):
         total_steps: int | None = None,
     ) -> None:
         self.f_low = f_low
+        self.attainable = attainable
         self.probe_rise = probe_rise
         self.interval = interval
         self.schedule = schedule
@@ -148,6 +151,7 @@ class AdaNAGED(Callback):
         return ParameterFree(
             self.total_steps,
             f_low=self.f_low,
+            attainable=self.attainable,
             probe_rise=self.probe_rise,
             interval=self.interval,
             schedule=self.schedule,

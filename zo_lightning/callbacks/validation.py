@@ -11,11 +11,11 @@ __all__ = ["SpacedValidation"]
 
 
 class SpacedValidation(Callback):
-    """Validates a number of times per run, evenly spaced, and always after the last step.
+    """Validates a number of times per run, evenly spaced over its steps, and always after the last step.
 
     Lightning counts ``val_check_interval`` from the first batch, so that the last weights of a run whose length is no multiple
-    of it would never be validated, nor kept as the best checkpoint. The intervals are those of the Trainer where it was
-    given ``val_check_interval`` or ``check_val_every_n_epoch``, or no ``max_steps``; the last validation comes in any case.
+    of it would never be validated, nor kept as the best checkpoint. A Trainer that was given ``val_check_interval`` or
+    ``check_val_every_n_epoch`` keeps its intervals, as does a run of unknown length; the last validation comes in any case.
 
     Args:
         times: Validations per run.
@@ -29,16 +29,17 @@ class SpacedValidation(Callback):
             raise ValueError(f"times must be at least 1, got {times}")
         self.times = times
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Set the interval, before the Trainer sets up its loops."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the interval, once the number of steps is known."""
+        steps = trainer.estimated_stepping_batches
         untouched = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
-        if stage == "fit" and untouched and trainer.max_steps > 0:
+        if untouched and math.isfinite(steps):
             trainer.check_val_every_n_epoch = None  # count batches across epochs
-            trainer.val_check_interval = math.ceil(trainer.max_steps / self.times)
+            trainer.val_check_batch = math.ceil(steps / self.times)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After the last step, ask for the stop that is due anyway: the Trainer validates before a requested one."""
-        if 0 < trainer.max_steps <= trainer.global_step:
+        if trainer.global_step >= trainer.estimated_stepping_batches:
             trainer.should_stop = True

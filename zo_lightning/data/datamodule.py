@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from zo_lightning.assets import resolve
 from zo_lightning.data.batching import LengthBatchSampler, ShuffleSampler
 from zo_lightning.data.collate import ScoringCollator
 from zo_lightning.data.dataset import PromptDataset
@@ -35,7 +36,7 @@ class PromptClassificationDataModule(LightningDataModule):
         task: The name of a task (``sst2``, ``rte``, ``cb``, ``boolq``, ``wic``, ``wsc``, ``multirc``), a
             :class:`~zo_lightning.data.ClassificationTask`, or its arguments: ``{template: ..., verbalizers: ...}``.
         data_dir: A folder with ``train`` and ``validation`` files (.jsonl, .json, .parquet, .csv or .tsv) with the
-            column names of the hub dataset, which is downloaded otherwise.
+            column names of the hub dataset, which is downloaded otherwise; ``quickstart`` is the task of this package.
         tokenizer: A tokenizer, or its name or folder; by default that of the module's ``model_name_or_path``.
         batch_size: The number of examples in a training batch.
         eval_batch_size: The number of examples in any other batch; by default twice ``batch_size``.
@@ -45,7 +46,7 @@ class PromptClassificationDataModule(LightningDataModule):
         max_length: The number of tokens of a prompt with its longest candidate, capped by the tokenizer's own limit;
             longer prompts lose their beginning.
         seed: The seed of the choice of rows.
-        shuffle_seed: The seed of the order of the training batches; by default ``seed``.
+        shuffle_seed: The seed of the order of the training batches; by default that of torch (``--seed_everything``).
         num_workers: The number of processes that prepare batches. The examples are tokenised once, so 0 is fast.
         pin_memory: Whether to copy batches to pinned memory; by default where there is a CUDA device.
 
@@ -72,7 +73,7 @@ class PromptClassificationDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         eval_batch_size = 2 * batch_size if eval_batch_size is None else eval_batch_size
-        shuffle_seed = seed if shuffle_seed is None else shuffle_seed
+        shuffle_seed = torch.initial_seed() % 2**32 if shuffle_seed is None else shuffle_seed
         positive = {
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
@@ -90,7 +91,7 @@ class PromptClassificationDataModule(LightningDataModule):
             if not 0 <= number < 2**32:  # what NumPy's frozen generator takes
                 raise ValueError(f"{argument} must be from 0 to 2**32 - 1, got {number}")
         self.task = get_task(task)
-        self.data_dir = data_dir
+        self.data_dir = None if data_dir is None else resolve(data_dir, "data")
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -136,7 +137,7 @@ class PromptClassificationDataModule(LightningDataModule):
             for split in (self.task.train_split, self.task.eval_split):
                 load_split(self.task, split)
         if isinstance(self.tokenizer, str):
-            _load_tokenizer(self.tokenizer)
+            _load_tokenizer(self.tokenizer, "--data.tokenizer")
 
     def setup(self, stage: str | None = None) -> None:
         """Choose the rows of a stage and tokenise them, once.
@@ -208,21 +209,20 @@ class PromptClassificationDataModule(LightningDataModule):
     def _resolved_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             module = getattr(self.trainer, "lightning_module", None)
-            self.tokenizer = getattr(module, "model_name_or_path", None)
-            if self.tokenizer is None:
+            name = getattr(module, "model_name_or_path", None)
+            if name is None:
                 raise DataError(
                     "there is no tokenizer: the module has no `model_name_or_path` to take it from, give --data.tokenizer"
                 )
+            self.tokenizer = _load_tokenizer(str(name), "--model.model_name_or_path, or give --data.tokenizer")
         if isinstance(self.tokenizer, (str, Path)):
-            self.tokenizer = _load_tokenizer(str(self.tokenizer))
+            self.tokenizer = _load_tokenizer(str(self.tokenizer), "--data.tokenizer")
         return self.tokenizer
 
 
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(name: str, argument: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(resolve(name))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise DataError(
-            f"cannot load the tokenizer {name!r} ({reason}), check the name or folder in --data.tokenizer"
-        ) from error
+        raise DataError(f"cannot load the tokenizer {name!r} ({reason}), check the name or folder in {argument}") from error

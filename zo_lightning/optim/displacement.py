@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from zo_lightning.optim.directions import Factors
 from zo_lightning.optim.interrupts import deferred_interrupt
+from zo_lightning.optim.precision import no_autocast
 from zo_lightning.optim.scaling import Activity
 
-__all__ = ["Displacement"]
+__all__ = ["Displacement", "displaced"]
 
 T = TypeVar("T")
 Shift = Callable[[nn.Parameter], Tensor]
@@ -217,3 +219,14 @@ class _Escapes(TorchFunctionMode):
                     self.found.add(value)  # type: ignore[arg-type]
             elif isinstance(value, (list, tuple)):
                 self._scan(value)
+
+
+@no_autocast()
+def displaced(parameter: nn.Parameter, u: Tensor | Factors, tau: float) -> Tensor:
+    """``parameter + τ u`` as a new tensor of the parameter's dtype; the sum is taken in float32 or wider."""
+    weight = parameter.detach()
+    if isinstance(u, Factors):
+        matrix = weight.reshape(u.left.shape[0], -1)
+        dtype = weight.dtype
+        return torch.addmm(matrix, u.left.to(dtype), u.right.to(dtype).T, alpha=tau).reshape(weight.shape)
+    return (weight + tau * u).to(weight.dtype)

@@ -6,12 +6,12 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from zo_lightning.optim.directions import Directions
 from zo_lightning.optim.geometry import GEOMETRIES, make_geometry
 
-__all__ = ["DEFAULT_RADII", "GeometryMap", "parameter_kinds"]
+__all__ = ["DEFAULT_RADII", "GeometryMap", "GeometrySpec", "named_groups", "parameter_kinds"]
 
 KINDS = ("matrix", "embedding", "vector")
 GeometrySpec = str | Mapping[str, Any] | None
@@ -119,6 +119,38 @@ class GeometryMap:
             {"params": members, "geometry": geometry, "radius": radius, "transposed": transposed}
             for (geometry, radius, transposed), members in groups.items()
         ]
+
+
+def named_groups(params: Iterable[Any], geometry: GeometryMap) -> list[dict[str, Any]]:
+    """Give every parameter a name and every group a geometry."""
+    given = list(params)
+    if not given:
+        raise ValueError("the optimizer got an empty parameter list")
+    groups = given if isinstance(given[0], dict) else [{"params": given}]
+    result: list[dict[str, Any]] = []
+    count = 0
+    unassigned: list[tuple[dict[str, Any], list[tuple[str, nn.Parameter]]]] = []
+    for group in groups:
+        members = group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        named = []
+        for member in members:
+            named.append(member if isinstance(member, tuple) else (f"parameter.{count}", member))
+            count += 1
+        options = {key: value for key, value in group.items() if key != "params"}
+        if "geometry" in options:
+            result.append({"transposed": False, "radius": 1.0, **options, "params": named})
+        else:
+            unassigned.append((options, named))
+    if unassigned:
+        parts = geometry.split([pair for _, named in unassigned for pair in named])
+        for options, named in unassigned:
+            own = {parameter for _, parameter in named}
+            for part in parts:
+                members = [pair for pair in part["params"] if pair[1] in own]
+                if members:
+                    result.append({**part, **options, "params": members})
+    return result
 
 
 def _transposed(module: nn.Module) -> set[nn.Parameter]:

@@ -11,6 +11,7 @@ This is this project's own construction (docs/measurements.md has what it change
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from zo_lightning.optim.directions import Directions, matrix_shape
 from zo_lightning.optim.geometry import Geometry
 
-__all__ = ["Activity", "entry_target", "unit_entry"]
+__all__ = ["Activity", "entry_target", "output_units", "unit_entry"]
 
 
 @dataclass
@@ -49,6 +50,24 @@ class Activity:
     def read(self) -> tuple[float | None, float | None]:
         """The two sizes as numbers, None where there is none or it is zero or not finite."""
         return _usable(self.inputs), _usable(self.outputs)
+
+
+def output_units(
+    parameters: Sequence[nn.Parameter],
+    activity: Mapping[nn.Parameter, Activity],
+    geometry: Geometry,
+    directions: Directions,
+) -> list[float]:
+    """Each parameter's unit of length: by this a unit-norm direction changes its module's output by the output's own size.
+
+    Args:
+        parameters: The members of one group.
+        activity: What was seen of their modules.
+        geometry: The group's geometry.
+        directions: The family of directions.
+    """
+    shapes = [parameter.shape for parameter in parameters]
+    return [entry_target(p, activity.get(p)) / unit_entry(geometry, directions, p.shape, shapes) for p in parameters]
 
 
 def entry_target(parameter: nn.Parameter, activity: Activity | None) -> float:

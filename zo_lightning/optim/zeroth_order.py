@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from zo_lightning.optim.directions import Address, Directions, Factors, make_directions
-from zo_lightning.optim.displacement import Displacement
+from zo_lightning.optim.displacement import Displacement, displaced
+from zo_lightning.optim.evaluations import Evaluations
 from zo_lightning.optim.geometry import GEOMETRIES, Geometry, make_geometry
-from zo_lightning.optim.groups import GeometryMap, GeometrySpec
+from zo_lightning.optim.groups import GeometryMap, GeometrySpec, named_groups
 from zo_lightning.optim.interrupts import deferred_interrupt
 from zo_lightning.optim.precision import no_autocast
 from zo_lightning.optim.randomness import generator
 from zo_lightning.optim.rounding import round_stochastically
-from zo_lightning.optim.scaling import entry_target, unit_entry
+from zo_lightning.optim.scaling import output_units
 from zo_lightning.optim.step_rules import Probe, StepReport, StepRule
 from zo_lightning.optim.updates import Update, make_update
 from zo_lightning.optim.world import World
@@ -31,15 +31,6 @@ Closure = Callable[[], Any]
 
 class NonFiniteLossError(RuntimeError):
     """Too many steps in a row had a loss that is NaN or infinite."""
-
-
-@dataclass
-class _Evaluations:
-    """Losses of one step; all tensors stay on their device until :meth:`ZerothOrder._read`."""
-
-    plus: list[Tensor] = field(default_factory=list)
-    minus: list[Tensor] = field(default_factory=list)
-    base: Tensor | None = None
 
 
 class ZerothOrder(torch.optim.Optimizer):
@@ -71,7 +62,7 @@ class ZerothOrder(torch.optim.Optimizer):
         sides: 2 for central differences, 1 for one-sided ones (one shared forward at x).
         momentum: β of the moving average of estimates, in [0, 1).
         weight_decay: Decoupled weight decay λ: ``x ← x - lr λ x``.
-        seed: Seed of all directions.
+        seed: Seed of all directions; None takes ``torch.initial_seed()``, so that ``torch.manual_seed`` decides.
         step_rule: Sets ``lr`` and ``smoothing`` before each step, for example :class:`ParameterFree`.
         max_nonfinite: This many steps in a row with a NaN or infinite loss raise :class:`NonFiniteLossError`.
 
@@ -101,7 +92,7 @@ class ZerothOrder(torch.optim.Optimizer):
         sides: int = 2,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        seed: int = 0,
+        seed: int | None = None,
         step_rule: StepRule | None = None,
         max_nonfinite: int = 10,
     ) -> None:
@@ -126,7 +117,7 @@ class ZerothOrder(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "num_directions": num_directions,
             "sides": sides,
-            "seed": seed,
+            "seed": torch.initial_seed() if seed is None else seed,
             "step": 0,
             "forwards": 0,
             "nonfinite": 0,
@@ -138,7 +129,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._unit: dict[nn.Parameter, float] = {}
         self._drawn: dict[tuple[int, nn.Parameter], Tensor | Factors] = {}
         self.geometry = GeometryMap(geometry, directions=self.directions)
-        super().__init__(_named_groups(params, self.geometry), defaults)
+        super().__init__(named_groups(params, self.geometry), defaults)
 
     # ---- set-up --------------------------------------------------------------------------------------------------------
     def attach(self, module: nn.Module) -> ZerothOrder:
@@ -243,6 +234,9 @@ class ZerothOrder(torch.optim.Optimizer):
         before = head["forwards"]
         if not self._mechanism.observed:
             self._mechanism.observe(evaluate)
+            if head["units"] is not None:  # a resumed run: it was counted when the run began
+                for group in self.param_groups:
+                    group["forwards"] -= 1
         self._measure_units()
         want_curvature = False
         multiplier = 1.0
@@ -250,7 +244,7 @@ class ZerothOrder(torch.optim.Optimizer):
             want_curvature = self.step_rule.before_step(self.step_index, _Prober(self, evaluate))
             multiplier = self._assign_sizes()
         seen = self._probe(evaluate, want_curvature)
-        report = self._read(seen)
+        report = seen.report(self.step_index, head["smoothing"], head["sides"])
         report.lr = head["lr"] * multiplier
         report.smoothing = head["smoothing"]
         with deferred_interrupt():  # the step's index moves on with the weights
@@ -265,20 +259,16 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.step_rule is not None:
             self.step_rule.after_step(report)
         self.last = report
-        return torch.stack([*seen.plus, *seen.minus]).mean() if seen.minus else torch.stack(seen.plus).mean()
+        return torch.stack([*seen.plus, *seen.minus]).mean()
 
     def _measure_units(self) -> None:
         """Each parameter's unit of length, measured once and kept in its group, so that a resumed run has the same."""
-        for index, group in enumerate(self.param_groups):
+        for geometry, group in zip(self._geometries, self.param_groups, strict=True):
             if group["units"] is None:
-                group["units"] = [1.0] * len(group["params"])
+                units = [1.0] * len(group["params"])
                 if self.scaling == "output":
-                    activity = self._mechanism.activity
-                    shapes = [parameter.shape for parameter in group["params"]]
-                    group["units"] = [
-                        entry_target(p, activity.get(p)) / unit_entry(self._geometries[index], self.directions, p.shape, shapes)
-                        for p in group["params"]
-                    ]
+                    units = output_units(group["params"], self._mechanism.activity, geometry, self.directions)
+                group["units"] = units
             self._unit.update(zip(group["params"], group["units"], strict=True))
 
     @property
@@ -310,10 +300,10 @@ class ZerothOrder(torch.optim.Optimizer):
 
         return evaluate
 
-    def _probe(self, evaluate: Callable[[], Tensor], want_curvature: bool) -> _Evaluations:
+    def _probe(self, evaluate: Callable[[], Tensor], want_curvature: bool) -> Evaluations:
         head = self.param_groups[0]
         tau = head["smoothing"]
-        seen = _Evaluations()
+        seen = Evaluations()
         if head["sides"] == 1 or want_curvature:
             with self._mechanism.at():
                 seen.base = evaluate()
@@ -328,43 +318,10 @@ class ZerothOrder(torch.optim.Optimizer):
         scales = self._scales(query)
 
         def shift(parameter: nn.Parameter) -> Tensor:
-            return _displaced(parameter, self._direction(parameter, query, scales), tau * self._unit[parameter])
+            return displaced(parameter, self._direction(parameter, query, scales), tau * self._unit[parameter])
 
         with self._mechanism.at(shift):
             return evaluate()
-
-    def _read(self, seen: _Evaluations) -> StepReport:
-        """Bring the step's numbers to the host, in one synchronisation."""
-        head = self.param_groups[0]
-        tau = head["smoothing"]
-        columns: list[Tensor] = [x.mean() for x in (*seen.plus, *seen.minus)]
-        base = seen.base
-        if base is not None:
-            columns.append(base.mean())
-        other = seen.minus if head["sides"] == 2 else [base] * len(seen.plus)
-        span = 2 * tau if head["sides"] == 2 else tau
-        for plus, minus in zip(seen.plus, other, strict=True):
-            assert minus is not None
-            columns.append(_cross_validated_gain((plus - minus) / span))
-        values = torch.stack([c.double() for c in columns]).tolist()
-        q = len(seen.plus)
-        losses, values = values[: q + len(seen.minus)], values[q + len(seen.minus) :]
-        f0 = values.pop(0) if base is not None else None
-        f_plus, f_minus = losses[:q], losses[q:]
-        reference = f_minus if head["sides"] == 2 else [f0] * q
-        slopes = [(a - b) / span for a, b in zip(f_plus, reference, strict=True)]
-        curvature = None
-        if f0 is not None and f_minus:
-            curvature = (f_plus[0] - 2 * f0 + f_minus[0]) / tau**2
-        everything = [*losses, *([f0] if f0 is not None else [])]
-        return StepReport(
-            step=self.step_index,
-            loss=sum(losses) / len(losses),
-            slopes=slopes,
-            gain=sum(values) / q,
-            curvature=curvature,
-            finite=all(math.isfinite(x) for x in everything),
-        )
 
     @no_autocast()
     def _apply(self, report: StepReport, multiplier: float) -> None:
@@ -534,63 +491,8 @@ class _Prober(Probe):
         return values[0], values[1]
 
 
-@no_autocast()
-def _displaced(parameter: nn.Parameter, u: Tensor | Factors, tau: float) -> Tensor:
-    """``parameter + τ u`` as a new tensor of the parameter's dtype; the sum is taken in float32 or wider."""
-    weight = parameter.detach()
-    if isinstance(u, Factors):
-        matrix = weight.reshape(u.left.shape[0], -1)
-        dtype = weight.dtype
-        return torch.addmm(matrix, u.left.to(dtype), u.right.to(dtype).T, alpha=tau).reshape(weight.shape)
-    return (weight + tau * u).to(weight.dtype)
-
-
-def _cross_validated_gain(slopes: Tensor) -> Tensor:
-    """``(1/n) Σ_i sign(ρ̄_{-i}) ρ_i``: an unbiased estimate of the gain along the chosen sign (design.md §6).
-
-    With one loss for the whole batch there is nothing to leave out and |ρ| is returned, which is biased upwards.
-    """
-    n = slopes.numel()
-    if n < 2:
-        return slopes.abs().mean()
-    rest = (slopes.sum() - slopes) / (n - 1)
-    return (rest.sign() * slopes).mean()
-
-
 def _geometry(group: dict[str, Any]) -> Geometry:
     return make_geometry(group["geometry"], group["radius"], group["transposed"])
-
-
-def _named_groups(params: Iterable[Any], geometry: GeometryMap) -> list[dict[str, Any]]:
-    """Give every parameter a name and every group a geometry."""
-    given = list(params)
-    if not given:
-        raise ValueError("the optimizer got an empty parameter list")
-    groups = given if isinstance(given[0], dict) else [{"params": given}]
-    result: list[dict[str, Any]] = []
-    count = 0
-    unassigned: list[tuple[dict[str, Any], list[tuple[str, nn.Parameter]]]] = []
-    for group in groups:
-        members = group["params"]
-        members = [members] if isinstance(members, Tensor) else list(members)
-        named = []
-        for member in members:
-            named.append(member if isinstance(member, tuple) else (f"parameter.{count}", member))
-            count += 1
-        options = {key: value for key, value in group.items() if key != "params"}
-        if "geometry" in options:
-            result.append({"transposed": False, "radius": 1.0, **options, "params": named})
-        else:
-            unassigned.append((options, named))
-    if unassigned:
-        parts = geometry.split([pair for _, named in unassigned for pair in named])
-        for options, named in unassigned:
-            own = {parameter for _, parameter in named}
-            for part in parts:
-                members = [pair for pair in part["params"] if pair[1] in own]
-                if members:
-                    result.append({**part, **options, "params": members})
-    return result
 
 
 def _check(name: str, value: Any, right: bool, expected: str) -> None:

@@ -1,0 +1,11 @@
+"""Every test starts from the same global random state, whatever ran before it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
