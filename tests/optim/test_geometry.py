@@ -153,7 +153,7 @@ def test_narrow_dtypes_are_worked_on_in_float32(name, dtype):
         np.testing.assert_allclose(s.double().numpy(), -expected, atol=1e-2 if s.dtype is not torch.float32 else 1e-5)
 
 
-# ---- the table of design, by hand --------------------------------------------------------------------------------------
+# ---- the table of norms, by hand ---------------------------------------------------------------------------------------
 def test_norms_by_hand():
     w = torch.tensor([[3.0, 4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0]])  # m = 2 (out), n = 4 (in); singular values 5 and 2
     expected = {

@@ -59,7 +59,7 @@ class Evaluations:
 
 
 def cross_validated_gain(slopes: Tensor) -> Tensor:
-    """``(1/n) Σ_i sign(ρ̄_{-i}) ρ_i``: an unbiased estimate of the gain along the chosen sign (design.md §6).
+    """``(1/n) Σ_i sign(ρ̄_{-i}) ρ_i``: an unbiased estimate of the gain along the chosen sign.
 
     With one loss for the whole batch there is nothing to leave out and |ρ| is returned, which is biased upwards.
     """

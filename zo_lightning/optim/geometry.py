@@ -189,7 +189,10 @@ class Spectral(Geometry):
 
 
 class Row(Geometry):
-    """Largest root-mean-square of a row, max_i ‖w_i‖₂/√n; dual √n·Σ_i ‖g_i‖₂; the oracle has rows -√n·g_i/‖g_i‖₂."""
+    """Largest root-mean-square of a row, max_i ‖w_i‖₂/√n; dual √n·Σ_i ‖g_i‖₂; the oracle has rows -√n·g_i/‖g_i‖₂.
+
+    Rows are those of the weight as it is stored: outputs of a Linear, tokens of an Embedding.
+    """
 
     name = "row"
 

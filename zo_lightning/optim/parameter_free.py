@@ -125,7 +125,7 @@ class ParameterFree(StepRule):
         """See :meth:`StepRule.before_step`; calibrates if need be.
 
         Raises:
-            CalibrationError: If the loss is not finite at the start, or does not respond to any smoothing.
+            CalibrationError: If the loss is not finite at the start, does not respond to any smoothing, or overflows.
         """
         self._step = step
         if not self.calibrated:
@@ -212,6 +212,11 @@ class ParameterFree(StepRule):
         if statistics.median(half) >= target:
             tau, rises = tau / 2, half
         usable = [2 * rise / tau**2 for rise in rises if math.isfinite(rise)]
+        if not usable:
+            raise CalibrationError(
+                f"the loss ({base:.6g}) jumps from a rise of less than {self.probe_rise:.0%} to infinity at a smoothing of "
+                f"{tau:.3g}; use a wider precision"
+            )
         self._curvature_sum = sum(max(0.0, c) for c in usable)
         self._curvature_count = len(usable)
         self._loss_average, self._loss_count = base, 1

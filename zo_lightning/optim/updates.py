@@ -48,7 +48,7 @@ class Update(ABC):
 
 
 class LMO(Update):
-    """Steps of unit norm: ``x ← x + γ lmo(estimate)``, probes along ``u = -lmo(z)`` (design of AdaNAGED)."""
+    """Steps of unit norm: ``x ← x + γ lmo(estimate)``, probes along ``u = -lmo(z)`` (docs/adanaged.md)."""
 
     name = "lmo"
     normalised = True

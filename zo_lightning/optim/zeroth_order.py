@@ -127,6 +127,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._module: nn.Module | None = None
         self._displacement: Displacement | None = None
         self._unit: dict[nn.Parameter, float] = {}
+        self._resumed = False
         self._drawn: dict[tuple[int, nn.Parameter], Tensor | Factors] = {}
         self.geometry = GeometryMap(geometry, directions=self.directions)
         super().__init__(named_groups(params, self.geometry), defaults)
@@ -158,6 +159,9 @@ class ZerothOrder(torch.optim.Optimizer):
         if "geometry" not in param_group:
             raise ValueError(f"a parameter group needs a geometry, one of {', '.join(sorted(GEOMETRIES))}")
         group = {"radius": 1.0, "transposed": False, **param_group}
+        for key in ("smoothing", "num_directions", "sides", "seed"):
+            if group.get(key, self.defaults[key]) != self.defaults[key]:
+                raise ValueError(f"{key} is one for all parameters, got {group[key]!r} in a group and {self.defaults[key]!r}")
         geometry = _geometry(group)
         taken = set(self._named_parameters())
         super().add_param_group(group)
@@ -193,6 +197,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if theirs != ours:
             raise ValueError(f"the checkpoint was made with directions {theirs}, this run has {ours}; use the same ones")
         super().load_state_dict(state)
+        self._resumed = self.step_index > 0
         # torch casts floating-point state to the parameter's dtype: that loses bits of the buffers of half-precision weights
         indices = [index for group in state["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -234,22 +239,23 @@ class ZerothOrder(torch.optim.Optimizer):
         before = head["forwards"]
         if not self._mechanism.observed:
             self._mechanism.observe(evaluate)
-            if head["units"] is not None:  # a resumed run: it was counted when the run began
+            if self._resumed:  # it was counted when the run began
+                self._resumed = False
                 for group in self.param_groups:
                     group["forwards"] -= 1
         self._measure_units()
         want_curvature = False
-        multiplier = 1.0
+        multipliers = [1.0] * len(self.param_groups)
         if self.step_rule is not None:
             want_curvature = self.step_rule.before_step(self.step_index, _Prober(self, evaluate))
-            multiplier = self._assign_sizes()
+            multipliers = self._assign_sizes()
         seen = self._probe(evaluate, want_curvature)
         report = seen.report(self.step_index, head["smoothing"], head["sides"])
-        report.lr = head["lr"] * multiplier
+        report.lr = head["lr"] * multipliers[0]
         report.smoothing = head["smoothing"]
         with deferred_interrupt():  # the step's index moves on with the weights
             if report.finite:
-                self._apply(report, multiplier)
+                self._apply(report, multipliers)
                 torch.clear_autocast_cache()
             for group in self.param_groups:
                 group["step"] += 1
@@ -324,12 +330,12 @@ class ZerothOrder(torch.optim.Optimizer):
             return evaluate()
 
     @no_autocast()
-    def _apply(self, report: StepReport, multiplier: float) -> None:
+    def _apply(self, report: StepReport, multipliers: list[float]) -> None:
         """Write the update, the only time in a step that the weights are written."""
         head = self.param_groups[0]
         q = head["num_directions"]
         scales = [self._scales(query) for query in range(q)]
-        for group in self.param_groups:
+        for group, multiplier in zip(self.param_groups, multipliers, strict=True):
             geometry = _geometry(group)
             lr = group["lr"] * multiplier
             simple = q == 1 and not group["momentum"]
@@ -432,25 +438,26 @@ class ZerothOrder(torch.optim.Optimizer):
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         }
 
-    def _assign_sizes(self) -> float:
+    def _assign_sizes(self) -> list[float]:
         """Write the rule's step size and smoothing into the groups.
 
         Returns:
-            What to multiply a group's ``lr`` by. An LR scheduler (known by the ``initial_lr`` it leaves) owns ``lr``: it then
-            holds the schedule, and the rule's step size is the multiplier.
+            What to multiply each group's ``lr`` by. An LR scheduler (known by the ``initial_lr`` it leaves) owns ``lr``: it
+            then holds the schedule, and the rule's step size is the multiplier.
         """
         assert self.step_rule is not None
-        multiplier = 1.0
+        multipliers = []
         for group in self.param_groups:
             beta = group["momentum"]
             # averaged steps are correlated: this keeps the variance of their sum what it is without momentum
             step_size = self.step_rule.step_size * math.sqrt((1 - beta) / (1 + beta))
             group["smoothing"] = self.step_rule.smoothing
             if group.get("initial_lr"):
-                multiplier = step_size / group["initial_lr"]
+                multipliers.append(step_size / group["initial_lr"])
             else:
                 group["lr"] = step_size
-        return multiplier
+                multipliers.append(1.0)
+        return multipliers
 
     def _count_nonfinite(self, report: StepReport) -> None:
         head = self.param_groups[0]
