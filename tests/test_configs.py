@@ -1,13 +1,14 @@
 """Every shipped configuration parses through the real CLI, and runs with a tiny model and data."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from zo_lightning.callbacks import AdaNAGED
-from zo_lightning.cli import cli
-from zo_lightning.data import PromptClassificationDataModule
+from zo_lightning.cli import cli, main
+from zo_lightning.data import ClassificationTask, PromptClassificationDataModule, get_task
 from zo_lightning.modules import CausalLMClassificationModule
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -48,3 +49,38 @@ def keys(node) -> list[str]:
     if isinstance(node, dict):
         return [*node, *(key for value in node.values() for key in keys(value))]
     return [key for value in node for key in keys(value)] if isinstance(node, list) else []
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "quickstart"], ids=name)
+def test_runs(path, tiny_opt, tmp_path):
+    """Two steps in the configuration's own precision, and the evaluation of the checkpoint that was kept."""
+    task = get_task(yaml.safe_load(path.read_text())["data"]["init_args"]["task"])
+    save_rows(task, tmp_path / "data")
+    options = [
+        *("--config", str(path), "--model.model_name_or_path", str(tiny_opt), "--data.data_dir", str(tmp_path / "data")),
+        *("--data.batch_size", "4", "--data.num_train", "20", "--data.num_dev", "12", "--trainer.max_steps", "2"),
+        *("--trainer.log_every_n_steps", "1"),
+        *(
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.default_root_dir",
+            str(tmp_path),
+            "--trainer.enable_progress_bar",
+            "false",
+        ),
+    ]
+    main(["fit", *options])
+    main(["test", *options, "--ckpt_path", "best"])
+    logged = [path.read_text() for path in tmp_path.glob("**/metrics.csv")]
+    assert any("val/acc" in text and "zo/lr" in text for text in logged)
+    assert any("test/acc" in text for text in logged)
+
+
+def save_rows(task: ClassificationTask, folder: Path) -> None:
+    """Rows with the columns of ``task``: enough for the 100 development rows of CB."""
+    folder.mkdir()
+    for split, count in (("train", 130), ("validation", 6)):
+        rows = [
+            {**dict.fromkeys(task.columns, "a film with no plot"), "label": index % task.num_classes} for index in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
