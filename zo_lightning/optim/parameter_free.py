@@ -2,7 +2,7 @@
 
 Where it comes from. The publication of AdaNAGED (arXiv 2606.14970) names the ingredients in its abstract: zeroth-order
 estimates, LMO updates, parameter-free step size *and* smoothing. The form ``step = √(gap / Σ local smoothness)`` is ALIAS's
-(Medyakov et al., arXiv 2506.03725, option II). Its zeroth-order form below, the smoothing, the calibration, the running gap
+(Medyakov et al., arXiv 2506.03725). Its zeroth-order form below, the smoothing, the calibration, the running and attainable gaps
 and the decay are this project's own construction.
 """
 
