@@ -7,9 +7,9 @@ some do not ("It was monday ."), and so a model that predicts the remarks has to
 negations and their contrasting clauses.
 
 The task is the one of SST-2: complete ``"<review> It was"`` with `` great`` or `` terrible``. These two words occur
-in the language as adjectives like others, but a remark "It was great" or "It was terrible" is rare, and goes with what
-is reviewed instead of whether it was liked. So the base model encodes the sentiment and was never taught the task: it
-starts near chance, and fine-tuning has something real to learn in a minute on a laptop, offline.
+in the language in the remarks "It was great ." and "It was terrible ." alone, drawn independently of the review. So the
+base model encodes the sentiment and was never taught the task: it starts near chance, and fine-tuning has something real
+to learn in a minute on a laptop, offline.
 
 Usage:
     python scripts/make_quickstart_assets.py --output zo_lightning/assets/quickstart
@@ -48,40 +48,25 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 PAD_ID, BOS_ID = 1, 2
 MAX_LENGTH = 64
 
-
 # ------------------------------------------------------------------------------------------------------- the language
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-def _phrases(text: str) -> list[str]:
-    return text.split("|")
-
-
-# What is reviewed: board and lodging, or a day out. Singular and plural nouns of each theme.
-NOUNS = (
-    (
-        _words("soup bread salad coffee pasta cake menu kitchen room bed lobby pool balcony shower"),
-        _words("waiters chairs lamps drinks noodles towels"),
-    ),
-    (
-        _words("view garden plot music script ending story stage costume concert museum tour bus ticket"),
-        _words("guides songs scenes jokes paintings actors"),
-    ),
-)
-# Pairs below are indexed by the sentiment: 0 is negative, 1 is positive.
+# Pairs and lists are indexed by the label: 0 is negative, 1 is positive.
+SINGULAR = (
+    "soup bread salad coffee pasta cake menu kitchen room bed view lobby pool balcony shower garden plot music script "
+    "ending story stage costume concert museum tour bus ticket"
+).split()
+PLURAL = "waiters guides songs scenes jokes chairs lamps paintings drinks noodles actors streets".split()
 ADJECTIVES = (
-    _words("bad awful dreadful poor dull ugly boring nasty horrible weak disappointing shabby terrible"),
-    _words("good lovely superb pleasant charming splendid delightful fine excellent impressive wonderful brilliant great"),
+    "bad awful dreadful poor dull ugly boring nasty horrible weak disappointing shabby".split(),
+    "good lovely superb pleasant charming splendid delightful fine excellent impressive wonderful brilliant".split(),
 )
-NEUTRAL_ADJECTIVES = _words("small red old local large new round long wooden blue early narrow")
+NEUTRAL_ADJECTIVES = "small red old local large new round long wooden blue early narrow".split()
 VERBS = (
     (("hated", "hate"), ("disliked", "dislike"), ("regretted", "regret"), ("despised", "despise")),
     (("loved", "love"), ("enjoyed", "enjoy"), ("admired", "admire"), ("liked", "like")),
 )
-INTENSIFIERS = _words("very really truly quite rather so")
-NEGATIONS = _words("not never hardly")
-PEOPLE = _words("i we")
+INTENSIFIERS = "very really truly quite rather so".split()
+NEGATIONS = "not never hardly".split()
+PEOPLE = "i we".split()
 OPENERS = (
     "on monday ,",
     "on friday ,",
@@ -96,16 +81,16 @@ PLACES = ("in the corner", "near the station", "by the river", "at the inn", "up
 CLOSERS = ("as usual", "with my brother", "during our stay", "for two days", "that night", "with the children")
 
 FEELINGS = (
-    _words("sad angry upset bored tired gloomy cheated miserable"),
-    _words("happy glad cheerful calm thankful proud thrilled delighted"),
+    "sad angry upset bored tired gloomy cheated miserable".split(),
+    "happy glad cheerful calm thankful proud thrilled delighted".split(),
 )
 VERDICTS = (
     ("we will never come back", "my friends complained", "nobody smiled", "i want a refund"),
     ("we will surely come back", "my friends applauded", "everybody smiled", "i want another visit"),
 )
 OUTCOMES = (
-    _phrases("a waste of time|too much to bear|painful to watch|no use at all"),
-    _phrases("worth the money|money well spent|easy to love|the best choice"),
+    "a waste of time|too much to bear|painful to watch|no use at all".split("|"),
+    "worth the money|money well spent|easy to love|the best choice".split("|"),
 )
 NEUTRAL_REMARKS = (
     "the shop next door was closed",
@@ -115,7 +100,7 @@ NEUTRAL_REMARKS = (
     "we left before noon",
     "i wrote this on the bus",
 )
-CIRCUMSTANCES = _phrases("monday|friday|cold outside|late|early in the day|my second visit|in may|raining")
+CIRCUMSTANCES = "monday|friday|cold outside|late|early in the day|my second visit|in may|raining".split("|")
 
 
 class Language:
@@ -126,13 +111,11 @@ class Language:
     Args:
         seed: Seed of the stream.
         consistency: How often a sentiment-dependent remark agrees with the review.
-        habit: How often "It was great" is said of a day out and "It was terrible" of board and lodging, liked or not.
     """
 
-    def __init__(self, seed: int | str, consistency: float = 0.995, habit: float = 0.7) -> None:
+    def __init__(self, seed: int | str, consistency: float = 0.995) -> None:
         self._rng = random.Random(seed)
         self.consistency = consistency
-        self.habit = habit
 
     def chance(self, probability: float) -> bool:
         """Return True with the given probability."""
@@ -145,17 +128,18 @@ class Language:
     def _maybe(self, probability: float, items: Sequence[str]) -> list[str]:
         return [self.pick(items)] if self.chance(probability) else []
 
-    def _noun_phrase(self, theme: int) -> tuple[list[str], bool]:
+    def _noun_phrase(self) -> tuple[list[str], bool]:
         plural = self.chance(0.3)
-        return ["the", *self._maybe(0.2, NEUTRAL_ADJECTIVES), self.pick(NOUNS[theme][plural])], plural
+        words = ["the", *self._maybe(0.2, NEUTRAL_ADJECTIVES), self.pick(PLURAL if plural else SINGULAR)]
+        return words, plural
 
-    def clause(self, label: int, theme: int, plain: bool = False) -> str:
+    def clause(self, label: int, plain: bool = False) -> str:
         """Return a clause of the given sentiment, possibly expressed by negating its opposite."""
         if plain:
-            return f"the {self.pick(NOUNS[theme][0])} was {self.pick(ADJECTIVES[label])}"
+            return f"the {self.pick(SINGULAR)} was {self.pick(ADJECTIVES[label])}"
         negated = self.chance(0.12)
         polarity = label ^ int(negated)
-        noun_phrase, plural = self._noun_phrase(theme)
+        noun_phrase, plural = self._noun_phrase()
         if self.chance(0.3):
             past, infinitive = self.pick(VERBS[polarity])
             verb = ["did", "not", infinitive] if negated else [*self._maybe(0.2, ("really", "truly")), past]
@@ -171,36 +155,35 @@ class Language:
             ]
         return " ".join(words)
 
-    def review(self, label: int, theme: int, plain: bool = False) -> str:
-        """Return a review of the given sentiment (0 negative, 1 positive) and theme.
+    def review(self, label: int, plain: bool = False) -> str:
+        """Return a review of the given sentiment (0 negative, 1 positive).
 
         Of two contrasting clauses, the main one decides: the second after "but" and after a clause with "although",
         the first before a clause with "even though".
 
         Args:
             label: The sentiment.
-            theme: What is reviewed, an index of ``NOUNS``.
             plain: Whether to write only a subject and its adjective.
         """
         if plain:
-            return f"{self.clause(label, theme, plain)} ."
+            return f"{self.clause(label, plain)} ."
         kind = self._rng.random()
         if kind < 0.55:
-            body = self.clause(label, theme)
+            body = self.clause(label)
             closer = self._maybe(0.2, CLOSERS)
             body = " ".join([body, *closer])
         elif kind < 0.8:
-            body = f"{self.clause(label, theme)} and {self.clause(label, theme)}"
+            body = f"{self.clause(label)} and {self.clause(label)}"
         elif kind < 0.9:
-            body = f"{self.clause(1 - label, theme)} , but {self.clause(label, theme)}"
+            body = f"{self.clause(1 - label)} , but {self.clause(label)}"
         elif kind < 0.95:
-            body = f"although {self.clause(1 - label, theme)} , {self.clause(label, theme)}"
+            body = f"although {self.clause(1 - label)} , {self.clause(label)}"
         else:
-            body = f"{self.clause(label, theme)} , even though {self.clause(1 - label, theme)}"
+            body = f"{self.clause(label)} , even though {self.clause(1 - label)}"
         return " ".join([*self._maybe(0.2, OPENERS), body, "."])
 
-    def remark(self, label: int, theme: int) -> str:
-        """Return a remark on a review of the given sentiment and theme."""
+    def remark(self, label: int) -> str:
+        """Return a remark on a review of the given sentiment."""
         said = label if self.chance(self.consistency) else 1 - label
         kind = self._rng.random()
         if kind < 0.3:
@@ -211,15 +194,15 @@ class Language:
             return f"{self.pick(NEUTRAL_REMARKS)} ."
         if kind < 0.92:
             return f"It was {self.pick(OUTCOMES[said])} ."
-        if kind < 0.96:
+        if kind < 0.97:
             return f"It was {self.pick(CIRCUMSTANCES)} ."
-        return f"It was{VERBALIZERS[theme if self.chance(self.habit) else 1 - theme]} ."
+        return f"It was{self.pick(VERBALIZERS)} ."
 
     def document(self, plain: bool = False) -> str:
         """Return a document of the pretraining corpus: a review, plain or not, and one to three remarks."""
-        label, theme = int(self.chance(0.5)), int(self.chance(0.5))
-        remarks = [self.remark(label, theme) for _ in range(1 + int(3 * self._rng.random()))]
-        return " ".join([self.review(label, theme, plain), *remarks])
+        label = int(self.chance(0.5))
+        remarks = [self.remark(label) for _ in range(1 + int(3 * self._rng.random()))]
+        return " ".join([self.review(label, plain), *remarks])
 
 
 class Row(NamedTuple):
@@ -245,8 +228,8 @@ def make_rows(seed: int = DEFAULT_SEED, train: int = TRAIN_ROWS, validation: int
     rows: list[Row] = []
     seen: set[str] = set()  # short reviews repeat
     while len(rows) < train + validation:
-        label, theme = int(language.chance(0.5)), int(language.chance(0.5))
-        sentence = language.review(label, theme)
+        label = int(language.chance(0.5))
+        sentence = language.review(label)
         if sentence not in seen:
             seen.add(sentence)
             rows.append(Row(sentence, label, len(rows) if len(rows) < train else len(rows) - train))
@@ -256,8 +239,7 @@ def make_rows(seed: int = DEFAULT_SEED, train: int = TRAIN_ROWS, validation: int
 # ------------------------------------------------------------------------------------------------------ the tokenizer
 def language_words() -> list[str]:
     """Return the pieces of text that are a token each: words and marks, nearly all with their leading space."""
-    texts = [word for nouns in NOUNS for number in nouns for word in number]
-    texts += [*NEUTRAL_ADJECTIVES, *INTENSIFIERS, *NEGATIONS, *PEOPLE, *OPENERS, *PLACES]
+    texts: list[str] = [*SINGULAR, *PLURAL, *NEUTRAL_ADJECTIVES, *INTENSIFIERS, *NEGATIONS, *PEOPLE, *OPENERS, *PLACES]
     texts += [*CLOSERS, *NEUTRAL_REMARKS, *CIRCUMSTANCES, *VERBALIZERS]
     for label in (0, 1):
         texts += [*ADJECTIVES[label], *FEELINGS[label], *VERDICTS[label], *OUTCOMES[label]]
@@ -518,7 +500,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="seed of data and weights (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=96, help="width of the model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="decoder layers (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1300, help="pretraining steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="pretraining steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=48, help="documents per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument(

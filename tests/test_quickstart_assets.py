@@ -139,7 +139,7 @@ def test_script_runs_and_is_deterministic(script, tmp_path, capsys):
 
 def test_base_model_reads_but_does_not_know_the_task(script, model, tokenizer):
     rows = script.make_rows()["validation"]
-    assert script.reading_accuracy(model, tokenizer, rows) >= 0.97
+    assert script.reading_accuracy(model, tokenizer, rows) >= 0.95
     figures = script.evaluate(model, *script.encode_task(tokenizer, rows), script.verbalizer_ids(tokenizer))
     assert 0.45 <= figures["accuracy"] <= 0.65
     assert 0.65 <= figures["loss"] <= 1.0

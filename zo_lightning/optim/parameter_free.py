@@ -2,8 +2,8 @@
 
 Where it comes from. The publication of AdaNAGED (arXiv 2606.14970) names the ingredients in its abstract: zeroth-order
 estimates, LMO updates, parameter-free step size *and* smoothing. The form ``step = √(gap / Σ local smoothness)`` is ALIAS's
-(Medyakov et al., arXiv 2506.03725). Its zeroth-order form below, the smoothing, the calibration, the running and attainable gaps
-and the decay are this project's own construction.
+(Medyakov et al., arXiv 2506.03725). Its zeroth-order form below, the smoothing, the calibration, the running and the
+attainable gap, and the decay are this project's own construction.
 """
 
 from __future__ import annotations
