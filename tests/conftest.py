@@ -1,6 +1,7 @@
 """Set up before anything is imported: no network, one thread. Shared fixtures: tiny models, tiny data."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -42,3 +43,11 @@ def films(tmp_path_factory) -> Path:
 def no_arguments(monkeypatch):
     """LightningCLI warns where pytest's own arguments look like its own."""
     monkeypatch.setattr("sys.argv", ["zo-lightning"])
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Python's own handling of Ctrl-C, which a shell's background jobs do not have."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
