@@ -1,5 +1,7 @@
 """The base module in a Trainer: one step per batch, schedulers, refusals."""
 
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -12,8 +14,8 @@ from zo_lightning.modules import ModelError, ZOModule
 from zo_lightning.optim import ZerothOrder
 
 
-def plain(params):
-    return ZerothOrder(params, lr=0.05, smoothing=1e-3)
+def plain(params, probes="sequential"):
+    return ZerothOrder(params, lr=0.05, smoothing=1e-3, probes=probes)
 
 
 class Record(Callback):
@@ -38,7 +40,25 @@ def test_one_step_per_batch_and_max_steps_ends_the_run(tmp_path):
     assert record.steps == [1, 2, 3, 4, 5, 6, 7]
     assert fit.global_step == 7
     assert module.evaluations == 1 + 2 * 7  # one observed forward, then two probes each
-    assert record.hooks == module.evaluations  # Lightning's hook runs after every evaluation
+    assert record.hooks == module.evaluations  # Lightning's hook runs after every evaluation of a single batch
+
+
+def test_probes_run_as_one_forward_where_they_can(tmp_path):
+    calls = []
+
+    class Spy(Quadratic):
+        def loss(self, batch):
+            calls.append(len(batch[0]))
+            return super().loss(batch)
+
+    module, other = Spy(optimizer=partial(plain, probes="auto")), Quadratic(optimizer=plain)
+    records = Record(), Record()
+    for run, record in zip((module, other), records, strict=True):
+        trainer(tmp_path, max_steps=7, callbacks=[record]).fit(run, loader())
+    # to see how the weights are used; both ways in the first step, to compare them; from then on doubled batches
+    assert calls == [6, 6, 6, 12] + [12] * 6
+    assert records[0].losses == pytest.approx(records[1].losses, rel=1e-5)
+    torch.testing.assert_close(weights(module), weights(other), rtol=1e-5, atol=1e-6)
 
 
 def test_the_steps_are_those_of_the_bare_optimizer(tmp_path):
@@ -51,6 +71,7 @@ def test_the_steps_are_those_of_the_bare_optimizer(tmp_path):
     ).attach(other)
     data = batches()
     losses = [float(optimizer.step(lambda k=k: other.loss(data[k % 4]))) for k in range(6)]
+    optimizer.fold()
     assert torch.equal(weights(module), weights(other))
     assert record.losses == losses
 
@@ -134,19 +155,21 @@ def test_broken_weights_are_named_before_the_first_step(value, tmp_path):
     assert module.evaluations == 0
 
 
-def test_bfloat16_mixed_precision_probes_see_their_displacement(tmp_path):
+@pytest.mark.parametrize("probes", ["sequential", "stacked"])
+def test_bfloat16_mixed_precision_probes_see_their_displacement(probes, tmp_path):
     """Autocast keeps casts of weights: a displaced weight must not be served from there."""
     losses = []
 
     class Spy(Quadratic):
         def loss(self, batch):
             result = super().loss(batch)
-            losses.append(float(result.float().mean()))
+            losses.extend(part.mean().item() for part in result.float().split(6))
             return result
 
-    module = Spy(optimizer=lambda params: ZerothOrder(params, lr=0.5, smoothing=0.5))
+    module = Spy(optimizer=lambda params: ZerothOrder(params, lr=0.5, smoothing=0.5, probes=probes))
     trainer(tmp_path, max_steps=2, precision="bf16-mixed").fit(module, loader(1))
-    assert len(set(losses[1:])) == 4
+    probed = losses[1:3] + losses[-2:]  # of the first step, and of the second
+    assert len(set(probed)) == 4
 
 
 def test_loss_must_be_defined(tmp_path):

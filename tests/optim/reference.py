@@ -106,8 +106,7 @@ def _member_extreme(name: str, g: np.ndarray, transposed: bool) -> np.ndarray:
 def loss_at(module: nn.Module, weights: Mapping[str, np.ndarray | Tensor], loss: Callable[[nn.Module], Tensor]) -> Tensor:
     """The loss of a deep copy whose parameters are overwritten by ``weights``; the module itself is not involved."""
     other = copy.deepcopy(module)
+    names = {name for name, _ in other.named_parameters()}
     with torch.no_grad():
-        for name, parameter in other.named_parameters():
-            if name in weights:
-                parameter.copy_(torch.as_tensor(weights[name]))
+        other.load_state_dict({n: torch.as_tensor(w) for n, w in weights.items() if n in names}, strict=False)
         return loss(other).detach()

@@ -16,7 +16,7 @@ from scipy import stats
 
 from tests.optim.reference import LAWS
 from zo_lightning.optim import DIRECTIONS, Address, Directions, Factors, Gaussian, LowRank, Rademacher, Sphere, make_directions
-from zo_lightning.optim.directions import matrix_shape
+from zo_lightning.optim.directions import block_rows, matrix_shape
 from zo_lightning.optim.randomness import generator, stable_seed
 
 CPU = torch.device("cpu")
@@ -95,12 +95,31 @@ def test_stable_seed_literals():
 def test_draws_on_the_cpu_literals():
     address = Address(0, 0, "w")
     torch.testing.assert_close(
-        draw(Gaussian(), address, (3,)), torch.tensor([-1.1712284, 0.1555053, 0.3515192]), atol=1e-5, rtol=0
+        draw(Gaussian(), address, (3,)), torch.tensor([0.5802193, -0.2994651, 0.3584099]), atol=1e-5, rtol=0
     )
-    assert draw(Rademacher(), address, (8,)).tolist() == [-1, -1, -1, -1, -1, 1, 1, 1]
+    assert draw(Rademacher(), address, (8,)).tolist() == [1, -1, -1, 1, -1, 1, -1, -1]
     factors = LowRank(1, 5).draw(address, torch.Size((3, 2)), CPU)
     torch.testing.assert_close(factors.left.flatten(), torch.tensor([0.6952945, 0.6427325, -1.3574474]), atol=1e-5, rtol=0)
     torch.testing.assert_close(factors.right.flatten().abs(), torch.tensor([0.5088828, 0.8608359]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dense", [Gaussian(), Rademacher()], ids=["gaussian", "rademacher"])
+@pytest.mark.parametrize("shape", [(7, 3), (5, 2, 3), (9,), ()])
+def test_blocks_of_rows_make_up_the_whole_whatever_the_threads(dense, shape, monkeypatch):
+    monkeypatch.setattr("zo_lightning.optim.directions._BLOCK_CPU", 6)  # of several blocks
+    size = torch.Size(shape)
+    rows, step = matrix_shape(size)[0], block_rows(size, CPU)
+    whole = dense.draw(ADDRESS, size, CPU)
+    pieces = [dense.rows(ADDRESS, size, i, min(i + step, rows), CPU) for i in reversed(range(0, rows, step))]
+    assert torch.equal(torch.cat(pieces[::-1]).view(size), whole)
+    assert shape == () or len({tuple(piece.flatten().tolist()) for piece in pieces}) == len(pieces) > 1
+    threads = torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            assert torch.equal(dense.draw(ADDRESS, size, CPU), whole)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def test_a_new_process_draws_the_same():

@@ -168,9 +168,10 @@ def test_probes_and_steps_are_measured_in_the_units(directions, settings):
     twin = ZerothOrder(groups, **common)
     twin.step(lambda: other(IDS))
     assert twin.last.slopes == pytest.approx(optimizer.last.slopes, rel=1e-4)
-    for n, parameter in scaled.named_parameters():
+    for n, weight in scaled.state_dict().items():
         moved = other.y[n.replace(".", "_")].detach() * units[n]
-        torch.testing.assert_close(parameter.detach(), moved, rtol=0, atol=1e-5 * units[n])
+        assert not torch.equal(weight, start[n])
+        torch.testing.assert_close(weight, moved, rtol=0, atol=1e-5 * units[n])
 
 
 def test_units_are_measured_once_and_resumed():

@@ -53,6 +53,13 @@ def train(module: nn.Module, optimizer: ZerothOrder, steps: int, loss=mean) -> l
     return [float(optimizer.step(lambda: loss(module))) for _ in range(steps)]
 
 
+def averages(optimizer: ZerothOrder) -> dict[str, torch.Tensor]:
+    """The bits of the moving averages, wherever a mechanism keeps them."""
+    state = optimizer.state_dict()
+    dense = {str(k): v["momentum_buffer"] for k, v in state["state"].items()}
+    return {k: raw(v) for k, v in (state.get("path", {}).get("momentum", {}) | dense).items()}
+
+
 # ---- the formulas ------------------------------------------------------------------------------------------------------
 class Reference:
     """The same optimizer written down again: float64, the whole direction at once, a materialised W + τu."""
@@ -136,8 +143,8 @@ def check_against_reference(steps: int = 2, **settings) -> None:
         observing = 1 if before == 0 else 0
         evaluations = full["num_directions"] * full["sides"] if full["sides"] == 2 else full["num_directions"] + 1
         assert optimizer.forwards - before == optimizer.last.forwards == evaluations + observing
-    for name, parameter in module.named_parameters():
-        np.testing.assert_allclose(parameter.detach().numpy(), twin.x[name], atol=2e-6, err_msg=name)
+    for name, weight in module.state_dict().items():
+        np.testing.assert_allclose(weight.numpy(), twin.x[name], atol=2e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("update", ["lmo", "sgd"])
@@ -185,10 +192,11 @@ def test_the_basic_step_is_gamma_times_the_sign_along_the_probe(directions):
     losses = []
     optimizer.step(lambda: losses.append(mean(module)) or losses[-1])
     for group in optimizer.param_groups:
-        delta = [(p.detach() - start[n]).numpy() for n, p in zip(group["param_names"], group["params"], strict=True)]
+        now = module.state_dict()
+        delta = [(now[n] - start[n]).numpy() for n in group["param_names"]]
         assert reference.norm(group["geometry"], delta, group["radius"], group["transposed"]) == pytest.approx(0.05, rel=1e-5)
     sign = math.copysign(1, optimizer.last.slopes[0])
-    u = {n: (start[n] - p.detach()) / (0.05 * sign) for n, p in module.named_parameters()}
+    u = {n: (start[n] - weight) / (0.05 * sign) for n, weight in module.state_dict().items()}
     for loss, tau in zip(losses[-2:], (0.02, -0.02), strict=True):
         assert float(loss) == pytest.approx(float(loss_at(module, {n: start[n] + tau * u[n] for n in u}, mean)), rel=1e-6)
 
@@ -198,9 +206,9 @@ def test_scalar_and_per_example_losses_agree(attach):
     a, b = mixed(), mixed()
     first, second = (optimizer_of(m, attach, num_directions=2, momentum=0.5) for m in (a, b))
     for _ in range(3):
-        assert float(first.step(lambda: mean(a))) == pytest.approx(float(second.step(lambda: per_example(b))), rel=1e-12)
-    for p, r in zip(a.parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p, r, rtol=1e-9, atol=1e-9)
+        assert float(first.step(lambda: mean(a))) == pytest.approx(float(second.step(lambda: per_example(b))), rel=1e-7)
+    for name, weight in a.state_dict().items():
+        torch.testing.assert_close(weight, b.state_dict()[name], rtol=1e-6, atol=1e-7)
     twice = mixed()
     third = optimizer_of(twice, attach, num_directions=2, momentum=0.5)
     third.step(lambda: per_example(twice).reshape(2, 2))  # any shape
@@ -220,7 +228,9 @@ def test_both_mechanisms_take_the_same_steps(attach, directions):
     a, b = mixed(torch.float32), mixed(torch.float32)
     train(a, optimizer_of(a, True, directions=directions), 3)
     train(b, optimizer_of(b, attach, directions=directions), 3)
-    assert same_bits(bits(a), bits(b))
+    exact = directions != "low_rank" or attach  # factors add up before they are written, the weights would at every step
+    for name, weight in a.state_dict().items():
+        torch.testing.assert_close(weight, b.state_dict()[name], rtol=0, atol=0 if exact else 1e-6)
 
 
 def test_the_cross_validated_gain():
@@ -313,7 +323,7 @@ def test_a_nonfinite_loss_skips_the_update_and_is_counted(attach, bad, evaluatio
     optimizer = optimizer_of(module, attach, momentum=0.9, max_nonfinite=3)
     train(module, optimizer, 1)
     before = bits(module)
-    momentum = {n: s["momentum_buffer"].clone() for n, s in zip("abcdefg", optimizer.state.values(), strict=True)}
+    momentum = averages(optimizer)
 
     def poisoned():
         calls = itertools.count()
@@ -325,8 +335,7 @@ def test_a_nonfinite_loss_skips_the_update_and_is_counted(attach, bad, evaluatio
         assert not optimizer.last.finite
         assert optimizer.param_groups[0]["nonfinite"] == count
         assert same_bits(bits(module), before)
-    for n, state in zip("abcdefg", optimizer.state.values(), strict=True):
-        assert torch.equal(state["momentum_buffer"], momentum[n])
+    assert same_bits(averages(optimizer), momentum)
     train(module, optimizer, 1)
     assert optimizer.param_groups[0]["nonfinite"] == 0, "a good step resets the count"
     assert not same_bits(bits(module), before)
@@ -462,13 +471,11 @@ class FixedRule(StepRule):
 
 def moved_by(module: nn.Module, optimizer: ZerothOrder) -> float:
     """Length of one step in the optimizer's own norm."""
-    start = {n: p.detach().clone() for n, p in module.named_parameters()}
+    start = {n: weight.clone() for n, weight in module.state_dict().items()}
     train(module, optimizer, 1)
-    now = dict(module.named_parameters())
+    now = module.state_dict()
     return max(
-        reference.norm(
-            g["geometry"], [(now[n].detach() - start[n]).numpy() for n in g["param_names"]], g["radius"], g["transposed"]
-        )
+        reference.norm(g["geometry"], [(now[n] - start[n]).numpy() for n in g["param_names"]], g["radius"], g["transposed"])
         for g in optimizer.param_groups
     )
 
@@ -765,8 +772,8 @@ def test_under_autocast_forwards_see_displaced_weights(attach, directions):
                 u.update(zip(names, reference.extreme(group["geometry"], z, group["radius"], group["transposed"]), strict=True))
             for loss, tau in zip(seen[-2:], (1.0, -1.0), strict=True):
                 weights = {n: p.detach() + (tau * torch.from_numpy(u[n])).float() for n, p in start.named_parameters()}
-                torch.clear_autocast_cache()
-                assert float(loss) == pytest.approx(float(loss_at(start, weights, mean)), abs=2e-3)
+                with torch.autocast("cpu", enabled=False):  # bfloat16's own error is some 5e-4 here, and 3e-3 at most
+                    assert float(loss) == pytest.approx(float(loss_at(start, weights, mean)), abs=4e-3)
             assert max(abs(float(loss - mean(start).detach())) for loss in seen[-2:]) > 0.01, "the test would see a stale cast"
 
 
@@ -843,10 +850,10 @@ def test_no_warning_in_an_ordinary_run():
 
 def test_state_is_empty_without_momentum_and_one_buffer_with_it():
     module = mixed()
-    plain = optimizer_of(module, num_directions=3)
+    plain = optimizer_of(module, num_directions=3, directions="gaussian")
     train(module, plain, 1)
     assert not plain.state
-    heavy = optimizer_of(module, momentum=0.9)
+    heavy = optimizer_of(module, momentum=0.9, directions="gaussian")
     train(module, heavy, 2)
     for parameter, state in heavy.state.items():
         assert set(state) == {"momentum_buffer"}

@@ -47,7 +47,7 @@ class TiedHead(nn.Module):
 
 
 class FunctionalHead(nn.Module):
-    """The embedding's weight is used outside of the embedding's forward."""
+    """The embedding's weight is used outside of the embedding's forward too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Attention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """In eval mode without gradients torch has a fused path that reads all weights from the outermost module."""
+    """In eval mode without gradients torch has a fused path, which a stand-in rules out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,6 +133,18 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.encoder(x)
+
+
+class Captured(nn.Module):
+    """A weight that is used both as an attribute and as an object in a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.kept = [self.lin.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.lin(x)) @ self.kept[0]
 
 
 class Parametrized(nn.Module):
@@ -148,11 +160,19 @@ class Parametrized(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its input, and which of its parameters cannot be shown through scratch tensors."""
+    """A model and its input.
+
+    Attributes:
+        build: Makes the model.
+        tokens: Whether its input is token ids.
+        in_place: The parameters that a stand-in in their slot would not reach.
+        formed: The matrices used by functions that do not take factors.
+    """
 
     build: Callable[[], nn.Module]
     tokens: bool = False
     in_place: tuple[str, ...] = ()
+    formed: tuple[str, ...] = ()
 
     def module(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -176,16 +196,17 @@ class Case:
 CASES = {
     "mixed": Case(Mixed, tokens=True),
     "tied_head": Case(TiedHead, tokens=True),
-    "functional_head": Case(FunctionalHead, tokens=True, in_place=("emb.weight",)),
-    "bypassed_forward": Case(BypassedForward, in_place=("first.weight", "first.bias")),
-    "root_parameter": Case(RootParameter, in_place=("more.0", "more.1")),
+    "functional_head": Case(FunctionalHead, tokens=True),
+    "bypassed_forward": Case(BypassedForward),
+    "root_parameter": Case(RootParameter),
     "called_twice": Case(CalledTwice),
     "recursive": Case(Recursive),
-    "lstm": Case(Recurrent),
-    "attention": Case(Attention, in_place=("attention.out_proj.weight", "attention.out_proj.bias")),
+    "captured": Case(Captured, in_place=("lin.weight",)),
+    "lstm": Case(Recurrent, formed=tuple(f"lstm.weight_{kind}_l{i}" for i in (0, 1) for kind in ("ih", "hh"))),
+    "attention": Case(Attention, formed=("attention.in_proj_weight", "attention.out_proj.weight")),
     "encoder": Case(
         Encoder,
-        in_place=tuple(f"encoder.layers.{i}.self_attn.out_proj.{kind}" for i in (0, 1) for kind in ("weight", "bias")),
+        formed=tuple(f"encoder.layers.{i}.self_attn.{w}" for i in (0, 1) for w in ("in_proj_weight", "out_proj.weight")),
     ),
-    "parametrized": Case(Parametrized),
+    "parametrized": Case(Parametrized, formed=tuple(f"lin.parametrizations.weight.original{i}" for i in (0, 1))),
 }

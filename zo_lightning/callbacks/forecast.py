@@ -13,16 +13,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from zo_lightning.modules import ZOModule
-from zo_lightning.optim import Displacement, ParameterFree, ZerothOrder
-from zo_lightning.optim.world import World
+from zo_lightning.optim import ParameterFree, ZerothOrder
 
 __all__ = ["Forecast"]
 
-_TIMED = 2  # forwards; the observed one before them warms up
+_TIMED = 1  # rehearsals of a step, after one that warms up
 
 
 class Forecast(Callback):
-    """Says before the first step what the run needs, from forwards of the first batch at displaced weights.
+    """Says before the first step what the run needs, from a rehearsal of the first step.
 
     For example ``5.4 M parameters in 20.6 MiB, peak memory 512 MiB; 0.12 s per step; 900 steps end at about 14:32 (in 2 min)``.
     The memory is the peak so far: of the device's allocations on CUDA, of the process elsewhere. The end counts the
@@ -60,7 +59,7 @@ class Forecast(Callback):
             seconds, peak = _measure(pl_module, batch, optimizer)
         count = sum(p.numel() for p in pl_module.parameters())
         weights = sum(p.numel() * p.element_size() for p in pl_module.parameters())
-        seconds *= _forwards_per_step(optimizer)
+        seconds *= 1 + _curvature_share(optimizer)
         rank_zero_info(
             f"{count / 1e6:.1f} M parameters in {_size(weights)}, peak memory {_size(peak)}; {self._times(trainer, seconds)}"
         )
@@ -80,25 +79,16 @@ class Forecast(Callback):
 
 @torch.no_grad()
 def _measure(module: ZOModule, batch: Any, optimizer: ZerothOrder) -> tuple[float, float]:
-    """Seconds of one forward at displaced weights, and the peak memory in bytes. Leaves no trace in the module."""
-    parameters = {
-        name: parameter
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-    }
-    device = next(iter(parameters.values())).device
-    world = World(module, [device])
-    displacement = Displacement(parameters, module)
-    displacement.observe(lambda: module.loss(batch))
+    """Seconds of the forwards of a step, and the peak memory in bytes. Leaves no trace in the module."""
+    closure, stacked = module.closures(batch)
+    device = next(iter(optimizer.named_parameters().values())).device
+    optimizer.rehearse(closure, stacked=stacked)
     _synchronize(device)
     start = time.perf_counter()
     for _ in range(_TIMED):
-        with displacement.at(lambda parameter: parameter.detach().clone()):
-            module.loss(batch)
+        optimizer.rehearse(closure, stacked=stacked)
     _synchronize(device)
-    seconds = (time.perf_counter() - start) / _TIMED
-    world.rewind()
-    return seconds, _peak_memory(device)
+    return (time.perf_counter() - start) / _TIMED, _peak_memory(device)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -117,12 +107,12 @@ def _peak_memory(device: torch.device) -> float:
     return peak if sys.platform == "darwin" else peak * 1024  # KiB on Linux, bytes on macOS
 
 
-def _forwards_per_step(optimizer: ZerothOrder) -> float:
+def _curvature_share(optimizer: ZerothOrder) -> float:
+    """Forwards for the curvature over those of a step."""
     head = optimizer.param_groups[0]
-    forwards: float = head["num_directions"] * head["sides"] + (head["sides"] == 1)
-    if isinstance(optimizer.step_rule, ParameterFree) and head["sides"] == 2:
-        forwards += 1 / optimizer.step_rule.interval
-    return forwards
+    if not isinstance(optimizer.step_rule, ParameterFree) or head["sides"] == 1:
+        return 0.0
+    return 1 / (optimizer.step_rule.interval * 2 * head["num_directions"])
 
 
 def _size(count: float) -> str:

@@ -6,6 +6,7 @@ from zo_lightning.data.datamodule import PromptClassificationDataModule
 from zo_lightning.data.dataset import Example, PromptDataset
 from zo_lightning.data.errors import DataError
 from zo_lightning.data.loader import ResumableDataLoader
+from zo_lightning.data.repeat import repeat_batch, repeat_scoring_batch
 from zo_lightning.data.sources import SourceSplit, load_split
 from zo_lightning.data.splits import sample_eval, split_train_dev
 from zo_lightning.data.tasks import (
@@ -49,6 +50,8 @@ __all__ = [
     "load_split",
     "num_candidates",
     "register_task",
+    "repeat_batch",
+    "repeat_scoring_batch",
     "sample_eval",
     "split_train_dev",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from zo_lightning.data import repeat_batch
 from zo_lightning.modules.errors import ModelError
 from zo_lightning.optim import GeometryMap, ZerothOrder
 from zo_lightning.optim.groups import GeometrySpec
@@ -38,7 +39,8 @@ class ZOModule(LightningModule):
         Trainer(max_steps=500, callbacks=[AdaNAGED()]).fit(Regression(), loader)
 
     Note:
-        Lightning runs ``on_before_optimizer_step`` hooks after each evaluation of the loss, so several times per step.
+        Lightning runs ``on_before_optimizer_step`` hooks after each evaluation of a single batch's loss: several times in a
+        step whose probes run one after the other, and not where they run as one forward.
 
     Args:
         optimizer: Makes the :class:`~zo_lightning.optim.ZerothOrder` from parameter groups.
@@ -122,18 +124,53 @@ class ZOModule(LightningModule):
     @torch.no_grad()
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step of the optimizer; logs ``train/loss``, the mean loss at the probes."""
+        closure, stacked = self.closures(batch)
         examples = 1
 
-        def closure() -> Tensor:
+        def counted() -> Tensor:
             nonlocal examples
-            losses = self.loss(batch)
+            losses = closure()
             examples = losses.numel()
             return losses
 
-        loss = self.optimizers().step(closure)  # type: ignore[union-attr]
+        def counted_stack(copies: int) -> Tensor | None:
+            nonlocal examples
+            losses = stacked(copies)
+            examples = 1 if losses is None else losses.numel() // copies
+            return losses
+
+        loss = self.optimizers().step(counted, stacked=counted_stack)  # type: ignore[union-attr]
         self.log("train/loss", loss, prog_bar=True, batch_size=examples)
         self._step_lr_schedulers("step", self.trainer.global_step)
         return loss
+
+    def closures(self, batch: Any) -> tuple[Callable[[], Tensor], Callable[[int], Tensor | None]]:
+        """The loss of a batch for the optimizer: as it is, and of several copies of it in one forward."""
+        repeated: dict[int, Any] = {}
+
+        def stacked(copies: int) -> Tensor | None:
+            if copies not in repeated:
+                repeated[copies] = self.repeat_batch(batch, copies)
+            return None if repeated[copies] is None else self.loss(repeated[copies])
+
+        return lambda: self.loss(batch), stacked
+
+    def repeat_batch(self, batch: Any, copies: int) -> Any | None:
+        """``copies`` of a batch one after the other, for probes that run as one forward.
+
+        Override it where the batch is more than tensors whose first dimension is that of the examples. The optimizer compares
+        the losses with those of single batches before it trusts them.
+
+        Returns:
+            The batch, or None if it cannot be repeated, as where its tensors differ in their first dimension.
+        """
+        return repeat_batch(batch, copies)
+
+    def on_fit_end(self) -> None:
+        """Write what is pending of the update into the weights."""
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, ZerothOrder):
+                optimizer.detach()
 
     def on_train_epoch_end(self) -> None:
         """Step the schedulers whose interval is an epoch."""

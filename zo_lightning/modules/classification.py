@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import PreTrainedModel
 
 from zo_lightning.assets import resolve
+from zo_lightning.data import repeat_scoring_batch
 from zo_lightning.modules.base import ZOModule
 from zo_lightning.modules.pretrained import load_causal_lm, weights_dtype
 from zo_lightning.modules.scoring import candidate_scores, classification_losses
@@ -142,6 +143,10 @@ class CausalLMClassificationModule(ZOModule):
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Cross-entropy over the classes, per example: shape (B,), float32, in nats."""
         return classification_losses(self(batch), batch["label"])
+
+    def repeat_batch(self, batch: Any, copies: int) -> Any:
+        """See :meth:`ZOModule.repeat_batch`."""
+        return repeat_scoring_batch(batch, copies)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Log ``val/loss``, ``val/acc`` and ``val/f1``."""

@@ -14,19 +14,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zo_lightning.optim.randomness import generator
+from zo_lightning.optim.randomness import generator, in_parallel
 
 __all__ = [
     "DIRECTIONS",
     "Address",
+    "Dense",
     "Directions",
     "Factors",
     "Gaussian",
     "LowRank",
     "Rademacher",
     "Sphere",
+    "block_rows",
     "make_directions",
 ]
+
+
+_BLOCK_CPU = 1 << 18  # entries: a megabyte, which stays in a core's cache
+_BLOCK = 1 << 24  # on an accelerator every block is a kernel of its own
 
 
 @dataclass(frozen=True)
@@ -98,25 +104,57 @@ class Directions(ABC):
         return self.name
 
 
-class Gaussian(Directions):
+class Dense(Directions):
+    """Directions with independent entries, drawn in blocks of rows that can be had one by one, in parallel on a CPU."""
+
+    def draw(self, address: Address, shape: torch.Size, device: torch.device) -> Tensor:
+        """See :meth:`Directions.draw`."""
+        return self.rows(address, shape, 0, matrix_shape(shape)[0], device).view(shape)
+
+    def rows(self, address: Address, shape: torch.Size, first: int, last: int, device: torch.device) -> Tensor:
+        """Rows of the draw of a parameter seen as a matrix.
+
+        Args:
+            address: See :meth:`Directions.draw`.
+            shape: Shape of the parameter.
+            first: First row, a multiple of :func:`block_rows`.
+            last: One more than the last row, another one, or the number of rows.
+            device: Device of the parameter.
+
+        Returns:
+            Shape (last - first, columns), float32.
+        """
+        step, columns = block_rows(shape, device), matrix_shape(shape)[1]
+        out = torch.empty(last - first, columns, dtype=torch.float32, device=device)
+        starts = range(first, last, step)
+
+        def fill(start: int) -> None:
+            self._fill(out[start - first : start - first + step], _generator(address, f"dense{start // step}", device))
+
+        in_parallel(fill, starts, device)
+        return out
+
+    @abstractmethod
+    def _fill(self, out: Tensor, source: torch.Generator) -> None:
+        """Fill a block of rows."""
+
+
+class Gaussian(Dense):
     """Independent standard normal entries (Nesterov and Spokoiny, 2017; MeZO)."""
 
     name = "gaussian"
 
-    def draw(self, address: Address, shape: torch.Size, device: torch.device) -> Tensor:
-        """See :meth:`Directions.draw`."""
-        return _normal(shape, _generator(address, "dense", device), device)
+    def _fill(self, out: Tensor, source: torch.Generator) -> None:
+        out.normal_(generator=source)
 
 
-class Rademacher(Directions):
+class Rademacher(Dense):
     """Independent entries ±1 with equal probability (SPSA; FZOO)."""
 
     name = "rademacher"
 
-    def draw(self, address: Address, shape: torch.Size, device: torch.device) -> Tensor:
-        """See :meth:`Directions.draw`."""
-        bits = torch.randint(0, 2, shape, generator=_generator(address, "dense", device), dtype=torch.float32, device=device)
-        return bits.mul_(2.0).sub_(1.0)
+    def _fill(self, out: Tensor, source: torch.Generator) -> None:
+        out.random_(0, 2, generator=source).mul_(2.0).sub_(1.0)
 
 
 class Sphere(Gaussian):
@@ -201,9 +239,15 @@ def make_directions(directions: str | Directions, **settings: int) -> Directions
     return family(**settings) if family is LowRank else family()
 
 
+def block_rows(shape: torch.Size, device: torch.device) -> int:
+    """How many rows of a parameter, seen as a matrix, are drawn from one generator."""
+    entries = _BLOCK_CPU if device.type == "cpu" else _BLOCK
+    return max(1, entries // max(1, matrix_shape(shape)[1]))
+
+
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """Rows and columns of a parameter seen as a matrix: its first dimension by all others."""
-    return shape[0], math.prod(shape[1:])
+    """Rows and columns of a parameter seen as a matrix: its first dimension by all others; a scalar is 1 by 1."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
 def _generator(address: Address, part: str, device: torch.device) -> torch.Generator:

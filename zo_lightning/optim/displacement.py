@@ -1,13 +1,15 @@
 """Evaluate a model at displaced weights without touching the weights.
 
-For the duration of its own forward a module sees a scratch tensor in place of each of its parameters; the parameter itself is
-only read. Whatever happens in between (an exception, a NaN, Ctrl-C), every weight is bit for bit what it was. Parameters
-that are used outside the forward of the module that owns them are found in one observed forward, and moved in place with a
-saved copy.
+For the duration of an evaluation the modules' parameter slots hold stand-ins (:mod:`zo_lightning.optim.shown`); the parameters
+themselves are only read. Whatever happens in between (an exception, a NaN, Ctrl-C), every weight is bit for bit what it was.
+How each parameter is used is found out in one observed evaluation. One that is read by other ways than its slot is moved in
+place, with a saved copy.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,29 +17,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
-from zo_lightning.optim.directions import Factors
 from zo_lightning.optim.interrupts import deferred_interrupt
-from zo_lightning.optim.precision import no_autocast
 from zo_lightning.optim.scaling import Activity
+from zo_lightning.optim.shown import METADATA, Shown
 
-__all__ = ["Displacement", "displaced"]
+__all__ = ["Displacement"]
 
 T = TypeVar("T")
-Shift = Callable[[nn.Parameter], Tensor]
-
-_METADATA = {
-    getattr(torch.Tensor, name).__get__
-    for name in ("device", "dtype", "is_cuda", "is_leaf", "is_meta", "layout", "ndim", "requires_grad", "shape", "grad")
-} | {
-    getattr(torch.Tensor, name)
-    for name in (
-        *("__hash__", "__len__", "dim", "element_size", "get_device", "is_complex", "is_contiguous"),
-        *("is_floating_point", "nelement", "numel", "size", "stride"),
-    )
-}
 
 
 class Displacement:
@@ -45,8 +34,14 @@ class Displacement:
 
     Args:
         parameters: The parameters that may be moved, by name; a tied parameter once.
-        module: The module whose forward uses them. Without it, and for parameters that are used outside their module's
-            forward, the parameters are moved in place and put back from a saved copy.
+        module: The module whose forward uses them. Without it the parameters are moved in place and put back from a copy.
+
+    Attributes:
+        observed: Whether :meth:`observe` has found out how the parameters are used (without a module there is no need).
+        uses: For each parameter the functions that used it in the observed evaluation.
+        activity: Sizes of the inputs and outputs of each parameter's module, seen there.
+        slots: Modules, the names of their parameters there, and these parameters.
+        batch_norms: The layers that may take statistics over the batch.
 
     Raises:
         ValueError: If ``module`` does not own one of the parameters.
@@ -54,20 +49,24 @@ class Displacement:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], module: nn.Module | None = None) -> None:
         self._names = {parameter: name for name, parameter in parameters.items()}
-        self._owners: list[tuple[nn.Module, dict[str, nn.Parameter]]] = []
+        self.slots: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._in_place = list(parameters.values())
-        self._active: dict[tuple[nn.Module, str], nn.Parameter] = {}
+        self._out: dict[tuple[nn.Module, str], Tensor] = {}  # stand-ins that are in a slot now
+        self._paused = 0
+        self.module = module
         self.observed = module is None
+        self.uses: dict[nn.Parameter, list[Any]] = {}
         self.activity: dict[nn.Parameter, Activity] = {}
-        """Sizes of the inputs and outputs of each parameter's module, seen by :meth:`observe`."""
+        self.batch_norms = [m for m in module.modules() if isinstance(m, _BatchNorm)] if module is not None else []
         if module is None:
             return
-        owned: set[nn.Parameter] = set()
-        for submodule in module.modules():
-            own = {k: p for k, p in submodule._parameters.items() if p is not None and p in self._names}
-            if own:
-                self._owners.append((submodule, own))
-                owned.update(own.values())
+        self.slots = [
+            (submodule, key, parameter)
+            for submodule in module.modules()
+            for key, parameter in submodule._parameters.items()
+            if parameter is not None and parameter in self._names
+        ]
+        owned = {parameter for _, _, parameter in self.slots}
         foreign = [name for name, parameter in parameters.items() if parameter not in owned]
         if foreign:
             raise ValueError(
@@ -81,8 +80,14 @@ class Displacement:
         """Names of the parameters that are moved in place, with a copy kept."""
         return [self._names[parameter] for parameter in self._in_place]
 
+    @property
+    def shown(self) -> list[nn.Parameter]:
+        """The parameters that are displaced by stand-ins."""
+        hidden = set(self._in_place)
+        return [parameter for parameter in self._names if parameter not in hidden]
+
     def observe(self, evaluate: Callable[[], T]) -> T:
-        """Evaluate at the weights as they are, and find out how each parameter is used.
+        """Evaluate at the weights as they are, eagerly, and find out how each parameter is used.
 
         Args:
             evaluate: Runs the forward pass.
@@ -90,96 +95,81 @@ class Displacement:
         Returns:
             What ``evaluate`` returned.
         """
-        called: dict[nn.Module, Activity] = {}
-        escapes = _Escapes(set(self._names))
-        aliases = {parameter: parameter.detach() for parameter in self._names}  # made outside the observed region
-        with self._swapped(aliases.__getitem__, called), escapes:
+        uses: dict[nn.Parameter, list[Any]] = {}
+        escapes = _Escapes(set(self._names), lambda: self._paused > 0)
+        stand_ins: dict[nn.Parameter, Tensor] = {}
+        for parameter, name in self._names.items():
+            stand_ins[parameter] = observed = _Observed.stand_in(name, parameter, 1)
+            observed.plain = parameter.detach()
+            observed.noted = uses.setdefault(parameter, [])
+        with self._measured(), self._swapped(stand_ins), _eager(), escapes:
             result = evaluate()
-        self.activity = {}
-        for module, own in self._owners:
-            for parameter in own.values() if module in called else ():
-                self.activity.setdefault(parameter, called[module])
-        seen = set(self.activity)
-        unused = [p for p in self._names if p not in seen and p not in escapes.found]
+        self.uses = uses
         escaped = [p for p in self._names if p in escapes.found]
+        unused = [p for p in self._names if not uses[p] and p not in escapes.found]
         self._in_place = escaped + unused
-        self._owners = [
-            (module, kept)
-            for module, own in self._owners
-            if (kept := {k: p for k, p in own.items() if p not in escapes.found and p in seen})
-        ]
         self.observed = True
-        self._warn(escaped, "used outside the forward of the module that owns them; each is moved in place, with a copy")
+        self._warn(escaped, "used otherwise than as their module's attribute; each is moved in place, with a copy")
         self._warn(unused, "not used by the first forward pass; freeze them (requires_grad=False) if they never are")
         return result
 
     @contextmanager
-    def at(self, shift: Shift | None = None) -> Iterator[None]:
-        """Within this context forward passes see ``shift(parameter)`` in place of each parameter.
+    def at(self, stand_ins: Mapping[nn.Parameter, Shown]) -> Iterator[None]:
+        """Within this context every use of a parameter sees its stand-in.
 
         Args:
-            shift: Returns the displaced weight, of the parameter's shape, dtype and device, as a new tensor. It may be
-                called several times for one parameter and must return the same. None: the weights as they are.
+            stand_ins: For the parameters that are displaced; the others are seen as they are.
         """
-        if shift is None:
-            with self._swapped(lambda parameter: parameter.detach()):
-                yield
-            return
-        with self._moved(shift), self._swapped(shift):
+        with self._moved(stand_ins), self._swapped(stand_ins):
             yield
 
-    # ---- mechanisms ----------------------------------------------------------------------------------------------------
     @contextmanager
-    def _swapped(self, shift: Shift, called: dict[nn.Module, Activity] | None = None) -> Iterator[None]:
-        """Scratch tensors in the modules' parameter slots, each from the start to the end of its module's forward."""
-        depth: dict[nn.Module, int] = {}
-        handles: list[RemovableHandle] = []
-
-        def enter(module: nn.Module, own: dict[str, nn.Parameter]) -> None:
-            depth[module] = depth.get(module, 0) + 1
-            if called is not None:
-                called.setdefault(module, Activity(module))
-            if depth[module] == 1:  # a module may call itself
-                for key, parameter in own.items():
-                    self._active[module, key] = parameter
-                    module._parameters[key] = shift(parameter)  # type: ignore[assignment]
-
-        def leave(module: nn.Module, args: Any, output: Any, own: dict[str, nn.Parameter]) -> None:
-            if called is not None:
-                called[module].record(args, output)
-            depth[module] = depth.get(module, 1) - 1
-            if depth[module] == 0:
-                for key, parameter in own.items():
-                    module._parameters[key] = parameter
-                    self._active.pop((module, key), None)
-
+    def _swapped(self, stand_ins: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+        hidden = set(self._in_place)
+        before = self._out
+        self._out = {}
         try:
-            for module, own in self._owners:
-                handles.append(module.register_forward_pre_hook(lambda m, _, own=own: enter(m, own), prepend=True))
-                handles.append(module.register_forward_hook(lambda m, x, y, own=own: leave(m, x, y, own), always_call=True))
+            for module, key, parameter in self.slots:
+                # a slot that holds something else is somebody's doing, as torch.func.functional_call's
+                if parameter in stand_ins and parameter not in hidden and module._parameters.get(key) is parameter:
+                    self._out[module, key] = stand_ins[parameter]
+                    module._parameters[key] = stand_ins[parameter]  # type: ignore[assignment]
             yield
         finally:
             with deferred_interrupt():
-                for handle in handles:
-                    handle.remove()
-                # forward hooks do not run on KeyboardInterrupt
-                for (module, key), parameter in self._active.items():
-                    module._parameters[key] = parameter
-                self._active.clear()
+                for module, key, parameter in self.slots:
+                    if (module, key) in self._out:
+                        module._parameters[key] = parameter
+                self._out, self._paused = before, 0
+
+    def pause(self, module: nn.Module) -> None:
+        """Put the parameters of a module itself into its slots for a while: it is saved in the middle of an evaluation."""
+        self._paused += 1
+        for owner, key, parameter in self.slots:
+            if owner is module and (owner, key) in self._out:
+                owner._parameters[key] = parameter
+
+    def resume(self, module: nn.Module) -> None:
+        """Go on after :meth:`pause`."""
+        self._paused -= 1
+        for owner, key, _ in self.slots:
+            if owner is module and (owner, key) in self._out:
+                owner._parameters[key] = self._out[owner, key]  # type: ignore[assignment]
 
     @contextmanager
-    def _moved(self, shift: Shift) -> Iterator[None]:
+    def _moved(self, stand_ins: Mapping[nn.Parameter, Shown]) -> Iterator[None]:
         """Parameters moved in place; a copy of each puts it back exactly."""
-        if not self._in_place:
+        moving = [parameter for parameter in self._in_place if parameter in stand_ins]
+        if not moving:
             yield
             return
         saved: list[tuple[nn.Parameter, Tensor]] = []
         try:
-            for parameter in self._in_place:
-                displaced = shift(parameter)
+            for parameter in moving:
+                value = stand_ins[parameter].value()
                 with deferred_interrupt():
                     saved.append((parameter, parameter.detach().clone()))
-                    parameter.data.copy_(displaced)
+                    parameter.data.copy_(value)
             torch.clear_autocast_cache()
             yield
         finally:
@@ -188,26 +178,81 @@ class Displacement:
                     parameter.data.copy_(copy)
                 torch.clear_autocast_cache()
 
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Record the sizes of what goes into and comes out of the modules that own parameters."""
+        seen: dict[nn.Module, Activity] = {}
+        handles = []
+        for module in {module for module, _, _ in self.slots}:
+            activity = Activity(module)
+            seen[module] = activity
+            handles.append(
+                module.register_forward_hook(lambda m, args, output, activity=activity: activity.record(args, output))
+            )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.activity = {}
+        for module, _, parameter in self.slots:
+            if seen[module].outputs is not None:
+                self.activity.setdefault(parameter, seen[module])
+
     def _warn(self, parameters: list[nn.Parameter], what: str) -> None:
-        if parameters:
-            names = [self._names[parameter] for parameter in parameters]
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            warnings.warn(f"{len(names)} parameters are {what}: {shown}", UserWarning, stacklevel=3)
+        warn_of([self._names[parameter] for parameter in parameters], what)
+
+
+def warn_of(names: list[str], what: str) -> None:
+    """Warn that the parameters called ``names``, if any, are ``what``."""
+    if names:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        warnings.warn(f"{len(names)} parameters are {what}: {shown}", UserWarning, stacklevel=4)
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Compiled modules run uncompiled: a graph would hide which functions use a weight."""
+    # importing torch's compiler takes seconds: nothing is compiled where nobody has
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+class _Observed(Shown):
+    """A weight as it is, which notes the functions that use it."""
+
+    noted: list[Any]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        return func(*(_noted(value, func) for value in args), **{key: _noted(value, func) for key, value in kwargs.items()})
+
+
+def _noted(value: Any, func: Any) -> Any:
+    if isinstance(value, _Observed):
+        value.noted.append(func)
+        return value.plain
+    if type(value) in (list, tuple):
+        return type(value)(_noted(item, func) for item in value)
+    return value
 
 
 class _Escapes(TorchFunctionMode):
     """Records which of ``parameters`` take part in any operation other than reading their metadata."""
 
-    def __init__(self, parameters: set[nn.Parameter]) -> None:
+    def __init__(self, parameters: set[nn.Parameter], paused: Callable[[], bool]) -> None:
         super().__init__()
         self.parameters = parameters
+        self.paused = paused
         self.found: set[nn.Parameter] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _METADATA:
+        if func not in METADATA and not self.paused():
             self._scan(args)
             self._scan(kwargs.values())
         return func(*args, **kwargs)
@@ -219,14 +264,3 @@ class _Escapes(TorchFunctionMode):
                     self.found.add(value)  # type: ignore[arg-type]
             elif isinstance(value, (list, tuple)):
                 self._scan(value)
-
-
-@no_autocast()
-def displaced(parameter: nn.Parameter, u: Tensor | Factors, tau: float) -> Tensor:
-    """``parameter + τ u`` as a new tensor of the parameter's dtype; the sum is taken in float32 or wider."""
-    weight = parameter.detach()
-    if isinstance(u, Factors):
-        matrix = weight.reshape(u.left.shape[0], -1)
-        dtype = weight.dtype
-        return torch.addmm(matrix, u.left.to(dtype), u.right.to(dtype).T, alpha=tau).reshape(weight.shape)
-    return (weight + tau * u).to(weight.dtype)

@@ -32,12 +32,14 @@ class Geometry(ABC):
         transposed: The weight is stored as (in, out), as ``nn.Embedding`` and transformers' ``Conv1D`` do.
         name: What the geometry is called in configurations.
         coupled: True where a member's oracle depends on the other members of its group, which needs a pre-pass.
+        by_rows: True where the oracle of a row of a dense matrix does not depend on its other rows (but for the coupling).
     """
 
     radius: float = 1.0
     transposed: bool = False
     name: ClassVar[str]
     coupled: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.radius > 0:
@@ -113,6 +115,7 @@ class Euclidean(Geometry):
 
     name = "euclidean"
     coupled = True
+    by_rows = True
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """See :meth:`Geometry.norm`."""
@@ -142,6 +145,7 @@ class Sign(Geometry):
     """‖·‖∞ with dual ‖·‖₁; ``lmo(g) = -sign(g)``."""
 
     name = "sign"
+    by_rows = True
 
     def member_norm(self, x: Tensor) -> Tensor:
         """See :meth:`Geometry.member_norm`."""
@@ -155,7 +159,7 @@ class Sign(Geometry):
         """See :meth:`Geometry.extreme_point`."""
         if isinstance(z, Factors):  # rank one only: sign(u vᵀ) = sign(u) sign(v)ᵀ
             return Factors(z.left.sign() * self.radius, z.right.sign())
-        return z.sign() * self.radius
+        return z.sign() if self.radius == 1 else z.sign() * self.radius
 
     def accepts(self, directions: Directions, shape: torch.Size) -> str | None:
         """See :meth:`Geometry.accepts`."""
@@ -195,6 +199,7 @@ class Row(Geometry):
     """
 
     name = "row"
+    by_rows = True
 
     def member_norm(self, x: Tensor) -> Tensor:
         """See :meth:`Geometry.member_norm`."""
@@ -225,6 +230,7 @@ class Column(Row):
     """As :class:`Row`, on the columns."""
 
     name = "column"
+    by_rows = False
 
     def extreme_point(self, z: Tensor | Factors, scale: Tensor | None = None) -> Tensor | Factors:
         """See :meth:`Geometry.extreme_point`."""

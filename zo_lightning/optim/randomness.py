@@ -8,10 +8,13 @@ again at any time from a few integers and a name.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 
-__all__ = ["generator", "stable_seed"]
+__all__ = ["generator", "in_parallel", "stable_seed"]
 
 
 def stable_seed(*parts: int | str) -> int:
@@ -30,3 +33,19 @@ def stable_seed(*parts: int | str) -> int:
 def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a fresh generator on ``device`` seeded with :func:`stable_seed` of ``parts``."""
     return torch.Generator(device=device).manual_seed(stable_seed(*parts))
+
+
+def in_parallel(action: Callable[[int], None], numbers: Sequence[int], device: torch.device) -> None:
+    """Call ``action`` for each number, on a CPU in as many threads as torch computes with: it draws numbers in one alone."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or len(numbers) < 2 or threads < 2:
+        for number in numbers:
+            action(number)
+        return
+    for _ in _pool(threads).map(action, numbers):
+        pass
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="draw")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-__all__ = ["round_stochastically"]
+__all__ = ["round_stochastically", "write_rounded"]
 
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
@@ -46,3 +48,31 @@ def _add_bits(value: Tensor, bits: Tensor, dropped: int) -> Tensor:
     """Add random low bits to the float32 pattern and cut them off: rounds away from zero with the right probability."""
     pattern = value.contiguous().view(torch.int32) + bits
     return (pattern & -(1 << dropped)).view(torch.float32)
+
+
+def write_rounded(parameter: Tensor, pieces: Iterable[Tensor], factor: float, decay: float, source: torch.Generator) -> None:
+    """``parameter ← decay · parameter + factor · delta``, rounded stochastically where the parameter is half precision.
+
+    Args:
+        parameter: Written in place.
+        pieces: Delta in pieces that follow each other, float32, with as many elements as the parameter together.
+        factor: Of delta.
+        decay: Of the parameter.
+        source: Generator on the parameter's device.
+    """
+    weight = parameter.detach()
+    flat = weight.view(-1) if weight.is_contiguous() else weight.reshape(-1)
+    start = 0
+    for piece in pieces:
+        move = piece.reshape(-1)
+        part = flat[start : start + move.numel()]
+        start += move.numel()
+        if part.dtype == move.dtype:
+            if decay != 1:
+                part.mul_(decay)
+            part.add_(move, alpha=factor)
+        else:
+            wide = part.to(torch.promote_types(part.dtype, torch.float32)) * decay + factor * move
+            part.copy_(round_stochastically(wide, weight.dtype, source))
+    if not weight.is_contiguous():
+        weight.copy_(flat.view(weight.shape))

@@ -43,8 +43,8 @@ class Update(ABC):
         """
 
     @abstractmethod
-    def step(self, estimate: Tensor, geometry: Geometry, scale: Tensor | None) -> Tensor:
-        """The step per unit of ``lr`` from an estimate of the gradient (several directions, or momentum)."""
+    def step(self, estimate: Tensor | Factors, geometry: Geometry, scale: Tensor | None) -> Tensor | Factors:
+        """The step per unit of ``lr`` from an estimate of the gradient (several directions, or momentum), of its kind."""
 
 
 class LMO(Update):
@@ -61,11 +61,9 @@ class LMO(Update):
         """See :meth:`Update.coefficient`; ``-lmo(ρ u) = sign(ρ) u`` for a unit extreme point u."""
         return float((slope > 0) - (slope < 0))
 
-    def step(self, estimate: Tensor, geometry: Geometry, scale: Tensor | None) -> Tensor:
+    def step(self, estimate: Tensor | Factors, geometry: Geometry, scale: Tensor | None) -> Tensor | Factors:
         """See :meth:`Update.step`."""
-        point = geometry.extreme_point(estimate, scale)
-        assert isinstance(point, Tensor)
-        return -point
+        return _negative(geometry.extreme_point(estimate, scale))
 
 
 class SGD(Update):
@@ -84,9 +82,13 @@ class SGD(Update):
         """See :meth:`Update.coefficient`."""
         return slope
 
-    def step(self, estimate: Tensor, geometry: Geometry, scale: Tensor | None) -> Tensor:
+    def step(self, estimate: Tensor | Factors, geometry: Geometry, scale: Tensor | None) -> Tensor | Factors:
         """See :meth:`Update.step`."""
-        return -estimate
+        return _negative(estimate)
+
+
+def _negative(x: Tensor | Factors) -> Tensor | Factors:
+    return x.scaled(-1.0) if isinstance(x, Factors) else -x
 
 
 UPDATES: dict[str, type[Update]] = {rule.name: rule for rule in (LMO, SGD)}

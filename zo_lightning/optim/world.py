@@ -37,6 +37,12 @@ class World:
             torch.cuda.set_rng_state(state, device)
         self.restore_buffers()
 
+    def moved(self) -> bool:
+        """Whether random numbers have been drawn since the snapshot, or since it was put back."""
+        now = {device: torch.cuda.get_rng_state(device) for device in self._cuda}
+        same = torch.equal(torch.get_rng_state(), self._cpu)
+        return not (same and all(torch.equal(now[device], state) for device, state in self._cuda.items()))
+
     def restore_buffers(self) -> None:
         """Put back the buffers alone, so that the random state goes on as after one evaluation."""
         for owned, name, buffer, copy in self._buffers:

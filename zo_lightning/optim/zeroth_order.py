@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from zo_lightning.optim.directions import Address, Directions, Factors, make_directions
-from zo_lightning.optim.displacement import Displacement, displaced
+from zo_lightning.optim.dense_path import DensePath
+from zo_lightning.optim.directions import Directions, make_directions
+from zo_lightning.optim.displacement import Displacement
 from zo_lightning.optim.evaluations import Evaluations
-from zo_lightning.optim.geometry import GEOMETRIES, Geometry, make_geometry
+from zo_lightning.optim.evaluator import Closure, Evaluator, Stacked
+from zo_lightning.optim.geometry import GEOMETRIES
 from zo_lightning.optim.groups import GeometryMap, GeometrySpec, named_groups
 from zo_lightning.optim.interrupts import deferred_interrupt
-from zo_lightning.optim.precision import no_autocast
-from zo_lightning.optim.randomness import generator
-from zo_lightning.optim.rounding import round_stochastically
+from zo_lightning.optim.low_rank_path import LowRankPath
+from zo_lightning.optim.path import Path, Point, Setting, geometry_of
+from zo_lightning.optim.pending import Pending
 from zo_lightning.optim.scaling import output_units
 from zo_lightning.optim.step_rules import Probe, StepReport, StepRule
 from zo_lightning.optim.updates import Update, make_update
-from zo_lightning.optim.world import World
 
 __all__ = ["NonFiniteLossError", "ZerothOrder"]
 
-Closure = Callable[[], Any]
+_ATTACHED: weakref.WeakSet[ZerothOrder] = weakref.WeakSet()
 
 
 class NonFiniteLossError(RuntimeError):
@@ -64,6 +66,9 @@ class ZerothOrder(torch.optim.Optimizer):
         weight_decay: Decoupled weight decay λ: ``x ← x - lr λ x``.
         seed: Seed of all directions; None takes ``torch.initial_seed()``, so that ``torch.manual_seed`` decides.
         step_rule: Sets ``lr`` and ``smoothing`` before each step, for example :class:`ParameterFree`.
+        probes: ``"auto"`` runs the probes of a step as one forward of the stacked batch where the closure has such a form, the
+            losses are independent, and memory allows, and one after the other otherwise; ``"sequential"`` always does the
+            latter; ``"stacked"`` raises where the former is not possible.
         max_nonfinite: This many steps in a row with a NaN or infinite loss raise :class:`NonFiniteLossError`.
 
     Attributes:
@@ -94,6 +99,7 @@ class ZerothOrder(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int | None = None,
         step_rule: StepRule | None = None,
+        probes: Literal["auto", "sequential", "stacked"] = "auto",
         max_nonfinite: int = 10,
     ) -> None:
         _check("lr", lr, lr >= 0 and math.isfinite(lr), "a finite number >= 0")
@@ -103,11 +109,13 @@ class ZerothOrder(torch.optim.Optimizer):
         _check("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
         _check("weight_decay", weight_decay, weight_decay >= 0, ">= 0")
         _check("scaling", scaling, scaling in ("output", "none"), "'output' or 'none'")
+        _check("probes", probes, probes in ("auto", "sequential", "stacked"), "'auto', 'sequential' or 'stacked'")
         _check("max_nonfinite", max_nonfinite, max_nonfinite >= 1, "at least 1")
         self.directions = make_directions(directions, rank=rank, interval=interval)
         self.update = make_update(update)
         self.scaling = scaling
         self.step_rule = step_rule
+        self.probes = probes
         self.max_nonfinite = max_nonfinite
         self.last: StepReport | None = None
         defaults = {
@@ -123,18 +131,21 @@ class ZerothOrder(torch.optim.Optimizer):
             "nonfinite": 0,
             "directions": self.directions.signature(),
             "units": None,
+            "stacking": "untried",
         }
         self._module: nn.Module | None = None
-        self._displacement: Displacement | None = None
-        self._unit: dict[nn.Parameter, float] = {}
+        self._made_path: Path | None = None
+        self._pending: Pending | None = None
         self._resumed = False
-        self._drawn: dict[tuple[int, nn.Parameter], Tensor | Factors] = {}
         self.geometry = GeometryMap(geometry, directions=self.directions)
         super().__init__(named_groups(params, self.geometry), defaults)
 
     # ---- set-up --------------------------------------------------------------------------------------------------------
     def attach(self, module: nn.Module) -> ZerothOrder:
         """Show displaced weights to ``module``'s forwards instead of moving the parameters in place.
+
+        With low-rank directions the update is then written into the weights only every ``interval`` steps. In between, forwards
+        of the module and its ``state_dict`` hold it all the same; :meth:`fold` writes it at once.
 
         Args:
             module: Contains all parameters; the closure must run its submodules' forwards.
@@ -145,9 +156,58 @@ class ZerothOrder(torch.optim.Optimizer):
         Raises:
             ValueError: If ``module`` lacks one of the parameters.
         """
-        self._displacement = Displacement(self._named_parameters(), module)
+        displacement = Displacement(self.named_parameters(), module)
+        self._drop_path()
+        self._settle_others()
         self._module = module
+        self._made_path = self._path_over(displacement)
+        self._pending = Pending(self._made_path, module)
+        _ATTACHED.add(self)
         return self
+
+    def detach(self) -> None:
+        """Write the pending update, and leave the module as it was before :meth:`attach`."""
+        self.fold()
+        self._drop_path()
+        self._module = None
+        _ATTACHED.discard(self)
+
+    def fold(self) -> None:
+        """Write the pending update into the weights now, for example before they are read directly.
+
+        A run goes on from there as it would have, but for rounding.
+        """
+        if self._made_path is not None:
+            with deferred_interrupt():  # half of it written would be written twice
+                self._made_path.fold()
+
+    def _settle_others(self) -> None:
+        """Write what other optimizers have pending of the same parameters."""
+        if len(_ATTACHED) == 1 and self in _ATTACHED:
+            return
+        mine = set(self.named_parameters().values())
+        for other in list(_ATTACHED):
+            if other is not self and other._pending is not None and not mine.isdisjoint(other.named_parameters().values()):
+                other.fold()
+                other._pending.hide()
+
+    def _drop_path(self) -> None:
+        if self._pending is not None:
+            self._pending.remove()
+        self._made_path = self._pending = None
+
+    def _path_over(self, displacement: Displacement) -> Path:
+        setting = Setting(self.param_groups, self.directions, self.update, self.state)
+        low_rank = self.directions.low_rank and displacement.module is not None
+        return LowRankPath(setting, displacement) if low_rank else DensePath(setting, displacement)
+
+    @property
+    def _path(self) -> Path:
+        if self._made_path is None:
+            self._made_path = self._path_over(Displacement(self.named_parameters()))
+        # torch replaces both when a state is loaded
+        self._made_path.setting.groups, self._made_path.setting.state = self.param_groups, self.state
+        return self._made_path
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of (name, parameter) pairs of one ``geometry``.
@@ -162,8 +222,8 @@ class ZerothOrder(torch.optim.Optimizer):
         for key in ("smoothing", "num_directions", "sides", "seed"):
             if group.get(key, self.defaults[key]) != self.defaults[key]:
                 raise ValueError(f"{key} is one for all parameters, got {group[key]!r} in a group and {self.defaults[key]!r}")
-        geometry = _geometry(group)
-        taken = set(self._named_parameters())
+        geometry = geometry_of(group)
+        taken = set(self.named_parameters())
         super().add_param_group(group)
         added = self.param_groups[-1]
         for name, parameter in zip(added["param_names"], added["params"], strict=True):
@@ -173,7 +233,11 @@ class ZerothOrder(torch.optim.Optimizer):
             reason = geometry.accepts(self.directions, parameter.shape)
             if reason is not None:
                 raise ValueError(f"geometry {geometry.name!r} of {name!r} with {self.directions.signature()}: {reason}")
-        self._displacement = None if self._module is None else Displacement(self._named_parameters(), self._module)
+        if self._module is None:
+            self._made_path = None
+        else:
+            self.fold()
+            self.attach(self._module)
 
     @property
     def forwards(self) -> int:
@@ -192,7 +256,7 @@ class ZerothOrder(torch.optim.Optimizer):
             ValueError: If the state was made with other directions, under which the run could not go on as it was.
         """
         state = dict(state_dict)
-        rule = state.pop("step_rule", None)
+        rule, path = state.pop("step_rule", None), state.pop("path", {})
         theirs, ours = state["param_groups"][0].get("directions"), self.directions.signature()
         if theirs != ours:
             raise ValueError(f"the checkpoint was made with directions {theirs}, this run has {ours}; use the same ones")
@@ -206,60 +270,67 @@ class ZerothOrder(torch.optim.Optimizer):
                 self.state[parameter][key] = value.to(parameter.device)
         if rule is not None and self.step_rule is not None:
             self.step_rule.load_state_dict(rule)
+        self._path.load_state_dict(path)
+        if self._pending is not None:
+            self._pending.hide()
+            self._pending.show()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of ``torch.optim.Optimizer`` plus the step rule's."""
+        """The state of ``torch.optim.Optimizer`` plus the step rule's and the pending update's."""
         state = super().state_dict()
+        if self._made_path is not None and (path := self._made_path.state_dict()):
+            state["path"] = path
         if self.step_rule is not None:
             state["step_rule"] = self.step_rule.state_dict()
         return state
 
     # ---- the step ------------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closure | None = None, *, stacked: Stacked | None = None) -> Tensor:  # type: ignore[override]
         """Probe, and move the parameters once.
 
         Args:
             closure: Evaluates the model on the step's batch and returns the loss, a scalar or the losses per example (any
                 shape, mean taken in float32). No backward.
+            stacked: ``stacked(copies)`` returns the losses per example of that many copies of the batch, one copy after the
+                other, from one forward whose activations hold the copies along their first dimension; or None if it cannot.
+                See ``probes``.
 
         Returns:
             The mean of the losses seen at the probes, a scalar tensor.
 
         Raises:
             TypeError: If ``closure`` is missing or does not return a tensor.
+            ValueError: If ``probes="stacked"`` and that is not possible.
             NonFiniteLossError: See ``max_nonfinite``.
         """
         if closure is None:
             raise TypeError("ZerothOrder.step needs a closure that evaluates the loss: optimizer.step(lambda: loss(batch))")
-        evaluate = self._evaluator(closure)
-        self._drawn.clear()
-        self._locate()
         head = self.param_groups[0]
         before = head["forwards"]
-        if not self._mechanism.observed:
-            self._mechanism.observe(evaluate)
-            if self._resumed:  # it was counted when the run began
-                self._resumed = False
+        evaluator = self._begin(closure, stacked)
+        path = self._path
+        try:
+            want_curvature = False
+            multipliers = [1.0] * len(self.param_groups)
+            if self.step_rule is not None:
+                want_curvature = self.step_rule.before_step(self.step_index, _Prober(path, evaluator))
+                multipliers = self._assign_sizes()
+            seen = self._probe(evaluator, want_curvature)
+            report = seen.report(self.step_index, head["smoothing"], head["sides"])
+            report.lr = head["lr"] * multipliers[0]
+            report.smoothing = head["smoothing"]
+            with deferred_interrupt():  # the step's index moves on with the weights
+                if report.finite:
+                    path.apply(report.slopes, multipliers)
+                    torch.clear_autocast_cache()
                 for group in self.param_groups:
-                    group["forwards"] -= 1
-        self._measure_units()
-        want_curvature = False
-        multipliers = [1.0] * len(self.param_groups)
-        if self.step_rule is not None:
-            want_curvature = self.step_rule.before_step(self.step_index, _Prober(self, evaluate))
-            multipliers = self._assign_sizes()
-        seen = self._probe(evaluate, want_curvature)
-        report = seen.report(self.step_index, head["smoothing"], head["sides"])
-        report.lr = head["lr"] * multipliers[0]
-        report.smoothing = head["smoothing"]
-        with deferred_interrupt():  # the step's index moves on with the weights
-            if report.finite:
-                self._apply(report, multipliers)
-                torch.clear_autocast_cache()
-            for group in self.param_groups:
-                group["step"] += 1
-        self._drawn.clear()
+                    group["step"] += 1
+                    group["stacking"] = evaluator.state
+        finally:
+            path.end()
+            if self._pending is not None:
+                self._pending.show()
         self._count_nonfinite(report)
         report.forwards = head["forwards"] - before
         if self.step_rule is not None:
@@ -267,171 +338,85 @@ class ZerothOrder(torch.optim.Optimizer):
         self.last = report
         return torch.stack([*seen.plus, *seen.minus]).mean()
 
+    @torch.no_grad()
+    def rehearse(self, closure: Closure, *, stacked: Stacked | None = None) -> None:
+        """Run the forwards of a step, for example to see how long they take, and change nothing."""
+        kept = [dict(group) for group in self.param_groups]
+        path = self._path
+        counts = not path.displacement.observed and not self._resumed  # as the first step would count it
+        evaluator = self._begin(closure, stacked)
+        try:
+            self._probe(evaluator, False)
+        finally:
+            evaluator.rewind()
+            path.end()
+            for group, before in zip(self.param_groups, kept, strict=True):
+                group.update(before)
+            self._count(int(counts))
+            if self._pending is not None:
+                self._pending.show()
+
+    def _begin(self, closure: Closure, stacked: Stacked | None) -> Evaluator:
+        """Find out how the parameters are used, once, and get ready to draw the step's directions."""
+        path = self._path
+        self._settle_others()
+        if self._pending is not None:
+            self._pending.hide()
+        evaluator = self._evaluator(closure, stacked)
+        if not path.displacement.observed:
+            path.displacement.observe(evaluator.one)
+            if self._resumed:  # it was counted when the run began
+                self._resumed = False
+                self._count(-1)
+        self._measure_units()
+        path.begin()
+        if self.probes == "stacked" and not (path.stackable and evaluator.given):
+            where = "a parameter is moved in place" if evaluator.given else "the closure has no stacked form"
+            raise ValueError(f"probes='stacked' is not possible: {where}; use 'auto'")
+        return evaluator
+
+    def _evaluator(self, closure: Closure, stacked: Stacked | None) -> Evaluator:
+        displacement = self._path.displacement
+        return Evaluator(
+            closure,
+            None if self.probes == "sequential" else stacked,
+            self._module,
+            displacement.batch_norms,
+            {p.device for group in self.param_groups for p in group["params"]},
+            self.param_groups[0]["stacking"],
+            self._count,
+        )
+
+    def _count(self, forwards: int) -> None:
+        for group in self.param_groups:
+            group["forwards"] += forwards
+
     def _measure_units(self) -> None:
         """Each parameter's unit of length, measured once and kept in its group, so that a resumed run has the same."""
-        for geometry, group in zip(self._geometries, self.param_groups, strict=True):
+        for group in self.param_groups:
             if group["units"] is None:
                 units = [1.0] * len(group["params"])
                 if self.scaling == "output":
-                    units = output_units(group["params"], self._mechanism.activity, geometry, self.directions)
+                    activity = self._path.displacement.activity
+                    units = output_units(group["params"], activity, geometry_of(group), self.directions)
                 group["units"] = units
-            self._unit.update(zip(group["params"], group["units"], strict=True))
 
-    @property
-    def _mechanism(self) -> Displacement:
-        if self._displacement is None:
-            self._displacement = Displacement(self._named_parameters())
-        return self._displacement
-
-    def _evaluator(self, closure: Closure) -> Callable[[], Tensor]:
-        """Wrap the closure: same random numbers and buffers each time, losses counted and in float32 or wider."""
-        devices = {p.device for group in self.param_groups for p in group["params"]}
-        world = World(self._module, devices)
-        calls = 0
-
-        def evaluate() -> Tensor:
-            nonlocal calls
-            if calls:
-                world.rewind()
-            calls += 1
-            try:
-                loss = closure()
-            finally:
-                world.restore_buffers()
-            if not isinstance(loss, Tensor):
-                raise TypeError(f"the closure must return the loss as a tensor, got {type(loss).__name__}")
-            for group in self.param_groups:
-                group["forwards"] += 1
-            return loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).reshape(-1)
-
-        return evaluate
-
-    def _probe(self, evaluate: Callable[[], Tensor], want_curvature: bool) -> Evaluations:
-        head = self.param_groups[0]
-        tau = head["smoothing"]
+    def _probe(self, evaluator: Evaluator, want_curvature: bool) -> Evaluations:
+        head, path = self.param_groups[0], self._path
+        tau, q = head["smoothing"], head["num_directions"]
         seen = Evaluations()
         if head["sides"] == 1 or want_curvature:
-            with self._mechanism.at():
-                seen.base = evaluate()
-        for query in range(head["num_directions"]):
-            seen.plus.append(self._losses_at(evaluate, query, tau))
-            if head["sides"] == 2 or (want_curvature and query == 0):
-                seen.minus.append(self._losses_at(evaluate, query, -tau))
+            seen.base = evaluator.at([Point()], path.show)[0]
+        points = [Point(query, sign * tau) for query in range(q) for sign in ((1, -1) if head["sides"] == 2 else (1,))]
+        if head["sides"] == 1 and want_curvature:
+            points.insert(1, Point(0, -tau))
+        losses = evaluator.at(points, path.show, stackable=path.stackable)
+        for point, values in zip(points, losses, strict=True):
+            (seen.plus if point.tau > 0 else seen.minus).append(values)
         return seen
 
-    def _losses_at(self, evaluate: Callable[[], Tensor], query: int, tau: float) -> Tensor:
-        """Losses at x + τ u, with the weights only read."""
-        scales = self._scales(query)
-
-        def shift(parameter: nn.Parameter) -> Tensor:
-            return displaced(parameter, self._direction(parameter, query, scales), tau * self._unit[parameter])
-
-        with self._mechanism.at(shift):
-            return evaluate()
-
-    @no_autocast()
-    def _apply(self, report: StepReport, multipliers: list[float]) -> None:
-        """Write the update, the only time in a step that the weights are written."""
-        head = self.param_groups[0]
-        q = head["num_directions"]
-        scales = [self._scales(query) for query in range(q)]
-        for group, multiplier in zip(self.param_groups, multipliers, strict=True):
-            geometry = _geometry(group)
-            lr = group["lr"] * multiplier
-            simple = q == 1 and not group["momentum"]
-            scale = None
-            if not simple and geometry.coupled and self.update.normalised:
-                # the oracle needs the norm of the whole group's estimate: a pre-pass
-                squares = [self._estimate(p, group, report.slopes, scales, store=False).square().sum() for p in group["params"]]
-                scale = geometry.coupling(torch.stack(squares).sum())
-            for parameter in group["params"]:
-                if simple:
-                    u = self._direction(parameter, 0, scales[0])
-                    delta = u if isinstance(u, Tensor) else u.dense()
-                    delta = delta * (-lr * self._unit[parameter] * self.update.coefficient(report.slopes[0]))
-                else:
-                    estimate = self._estimate(parameter, group, report.slopes, scales, store=True)
-                    delta = self.update.step(estimate, geometry, scale) * (lr * self._unit[parameter])
-                self._write(parameter, delta, 1 - lr * group["weight_decay"])
-
-    def _estimate(
-        self,
-        parameter: nn.Parameter,
-        group: dict[str, Any],
-        slopes: list[float],
-        scales: list[dict[int, Tensor]],
-        *,
-        store: bool,
-    ) -> Tensor:
-        """The averaged estimate ``mean_i ρ_i u_i`` in the parameter's unit, through its momentum if it has one (float32)."""
-        total = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        for query, slope in enumerate(slopes):
-            u = self._direction(parameter, query, scales[query])
-            dense = u if isinstance(u, Tensor) else u.dense().reshape(parameter.shape)
-            total.add_(dense, alpha=slope / len(slopes))
-        beta = group["momentum"]
-        if not beta:
-            return total
-        old = self.state[parameter].get("momentum_buffer")
-        average = total.mul_(1 - beta) if old is None else total.mul_(1 - beta).add_(old, alpha=beta)
-        if store:
-            self.state[parameter]["momentum_buffer"] = average
-        return average
-
-    def _write(self, parameter: nn.Parameter, delta: Tensor, decay: float) -> None:
-        wide = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
-        wide = wide * decay + delta.reshape(parameter.shape) if decay != 1 else wide + delta.reshape(parameter.shape)
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            name, head = self._place[parameter][0], self.param_groups[0]
-            source = generator(head["seed"], head["step"], name, "rounding", device=parameter.device)
-            wide = round_stochastically(wide, parameter.dtype, source)
-        parameter.data.copy_(wide)
-
-    # ---- directions -------------------------------------------------------------------------------------------------
-    @no_autocast()
-    def _direction(self, parameter: nn.Parameter, query: int, scales: dict[int, Tensor]) -> Tensor | Factors:
-        """The direction u to probe ``parameter`` along: drawn anew at each use, unless it is small enough to keep."""
-        small = self.directions.low_rank  # factors and vectors
-        if small and (query, parameter) in self._drawn:
-            return self._drawn[query, parameter]
-        name, index = self._place[parameter]
-        head = self.param_groups[0]
-        z = self.directions.draw(Address(head["seed"], head["step"], name, query), parameter.shape, parameter.device)
-        u = self.update.probe(z, self._geometries[index], scales.get(index))
-        if small:
-            self._drawn[query, parameter] = u
-        return u
-
-    @no_autocast()
-    def _scales(self, query: int) -> dict[int, Tensor]:
-        """One over the Euclidean norm of z, for each group whose directions or geometry are coupled (a pre-pass)."""
-        head = self.param_groups[0]
-        scales = {}
-        for index, group in enumerate(self.param_groups):
-            if self._needs_scale(index):
-                squares = []
-                for parameter in group["params"]:
-                    address = Address(head["seed"], head["step"], self._place[parameter][0], query)
-                    z = self.directions.draw(address, parameter.shape, parameter.device)
-                    squares.append((z.left if isinstance(z, Factors) else z).square().sum())
-                scales[index] = torch.stack([s.to(squares[0].device) for s in squares]).sum().rsqrt()
-        return scales
-
-    def _needs_scale(self, index: int) -> bool:
-        if self.update.normalised:
-            return self._geometries[index].coupled
-        return self.directions.coupled
-
-    def _locate(self) -> None:
-        """Refresh the names and geometries by parameter: param groups are plain data that others may change."""
-        self._geometries = [_geometry(group) for group in self.param_groups]
-        self._place = {
-            parameter: (name, index)
-            for index, group in enumerate(self.param_groups)
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        }
-
-    def _named_parameters(self) -> dict[str, nn.Parameter]:
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters by the names that their directions depend on."""
         return {
             name: parameter
             for group in self.param_groups
@@ -482,24 +467,18 @@ class ZerothOrder(torch.optim.Optimizer):
 class _Prober(Probe):
     """Losses at and around the current point for a step rule."""
 
-    def __init__(self, optimizer: ZerothOrder, evaluate: Callable[[], Tensor]) -> None:
-        self._optimizer, self._evaluate = optimizer, evaluate
+    def __init__(self, path: Path, evaluator: Evaluator) -> None:
+        self._path, self._evaluator = path, evaluator
 
     def loss(self) -> float:
-        with self._optimizer._mechanism.at():
-            return float(self._evaluate().mean().double())
+        return float(self._evaluator.at([Point()], self._path.show)[0].mean().double())
 
     def pair(self, direction: int, smoothing: float) -> tuple[float, float]:
         # negative queries: directions that no step uses
-        plus, minus = (
-            self._optimizer._losses_at(self._evaluate, -1 - direction, tau).mean().double() for tau in (smoothing, -smoothing)
-        )
-        values = torch.stack([plus, minus]).tolist()
-        return values[0], values[1]
-
-
-def _geometry(group: dict[str, Any]) -> Geometry:
-    return make_geometry(group["geometry"], group["radius"], group["transposed"])
+        points = [Point(-1 - direction, smoothing), Point(-1 - direction, -smoothing)]
+        losses = self._evaluator.at(points, self._path.show, stackable=self._path.stackable)
+        plus, minus = torch.stack([x.mean().double() for x in losses]).tolist()
+        return plus, minus
 
 
 def _check(name: str, value: Any, right: bool, expected: str) -> None:

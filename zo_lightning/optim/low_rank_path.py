@@ -1,0 +1,526 @@
+"""Low-rank directions inside the forward pass: the weights are only read, and written every ν steps.
+
+All factors of a step lie in a few flat float32 tensors, so that what is done to all of them is one operation. For the matrix W
+the model sees ``s W + (C + τ U) Vᵀ``: U is the step's direction, C what the steps since the last write have added up to,
+and s their weight decay. Vectors (biases, norms) have no V: they are ``s w + c + τ u``. V changes every ν steps, and
+just before it does, C Vᵀ is folded into W. In between, forwards, checkpoints and copies see the folded weights
+(:mod:`zo_lightning.optim.pending`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_lightning.optim.directions import Address, Directions, Factors, LowRank, matrix_shape
+from zo_lightning.optim.displacement import Displacement, warn_of
+from zo_lightning.optim.geometry import Geometry
+from zo_lightning.optim.path import Path, Point, Setting, geometry_of, group_scale
+from zo_lightning.optim.precision import no_autocast
+from zo_lightning.optim.randomness import generator
+from zo_lightning.optim.rounding import round_stochastically
+from zo_lightning.optim.shown import Shown, ShownMatrix, ShownVector
+
+__all__ = ["LowRankPath"]
+
+_FOLDED_AT_ONCE = 1 << 22  # elements of a half-precision weight whose float32 copy is made at a time
+_CPU = torch.device("cpu")
+
+
+@dataclass
+class _Place:
+    """Where a parameter's factors lie.
+
+    Attributes:
+        name: The parameter's name.
+        parameter: The parameter.
+        group: Number of its group.
+        rank: r, 0 for a vector.
+        rows: m, the elements of a vector.
+        columns: n, 0 for a vector.
+        start: Of its r · m (or m) entries in the flat left factors, which lie as U transposed.
+        right_start: Of its n · r entries in the flat right factors.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    group: int
+    rank: int
+    rows: int
+    columns: int
+    start: int
+    right_start: int
+
+    @property
+    def stop(self) -> int:
+        """End of its entries in the flat left factors."""
+        return self.start + max(self.rank, 1) * self.rows
+
+    def left(self, flat: Tensor) -> Tensor:
+        """Its part of flat left factors: shape (r, m), or the vector's."""
+        return flat[self.start : self.stop].view((self.rank, self.rows) if self.rank else self.parameter.shape)
+
+    def right(self, flat: Tensor) -> Tensor:
+        """Its V, shape (n, r), of flat right factors."""
+        return flat[self.right_start : self.right_start + self.columns * self.rank].view(self.columns, self.rank)
+
+
+class LowRankPath(Path):
+    """See the module.
+
+    Attributes:
+        dirty: Whether an update is pending.
+        version: Grows with every change of the pending update.
+
+    Args:
+        setting: What it knows of the optimizer; the directions are low-rank.
+        displacement: Over the parameters and their module.
+        prefetch: Draw the next step's directions in a thread while the device computes; None does so for CUDA.
+
+    Raises:
+        ValueError: If the parameters lie on several devices.
+    """
+
+    def __init__(self, setting: Setting, displacement: Displacement, *, prefetch: bool | None = None) -> None:
+        super().__init__(setting, displacement)
+        self._places: list[_Place] = []
+        self._prefetch = prefetch
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pending: Tensor | None = None  # C, flat
+        self._scales: list[float] = []  # s of each group
+        self._momentum: Tensor | None = None
+        self._right: Tensor | None = None
+        self._window: tuple[int, int] | None = None  # what V was drawn for
+        self._origin: Tensor | None = None  # the vectors, in their places among the left factors
+        self._shown: dict[int, tuple[Tensor, dict[nn.Parameter, Shown]]] = {}
+        self._drawn: dict[int, Tensor] = {}
+        self._ahead: tuple[tuple[Any, ...], Future[list[Tensor]]] | None = None
+        self._worker: ThreadPoolExecutor | None = None
+        self._spans: list[slice] = []
+        self._warned = False
+        self._applied = 0  # updates so far, which seed the rounding
+        self.dirty = False
+        self.version = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the module needs to go on showing the pending update: everything but threads and stand-ins."""
+        return {**self.__dict__, "_shown": {}, "_drawn": {}, "_ahead": None, "_worker": None}
+
+    # ---- layout --------------------------------------------------------------------------------------------------------
+    def _lay_out(self) -> None:
+        """Give every parameter its place, group by group."""
+        start = right = 0
+        for group, _, name, parameter, _ in self.setting.members():
+            if parameter.dim() < 2:
+                rank, rows, columns = 0, parameter.numel(), 0
+            else:
+                rows, columns = matrix_shape(parameter.shape)
+                rank = min(_rank(self.setting.directions), rows, columns)
+            place = _Place(name, parameter, group, rank, rows, columns, start, right)
+            self._places.append(place)
+            start, right = place.stop, right + columns * rank
+        devices = {place.parameter.device for place in self._places}
+        if len(devices) > 1:
+            raise ValueError(f"low-rank directions need all parameters on one device, got {', '.join(map(str, devices))}")
+        self._device = devices.pop()
+        self._dtype = torch.float32
+        if any(place.parameter.dtype is torch.float64 for place in self._places):
+            self._dtype = torch.float64
+        self._pending = torch.zeros(start, dtype=self._dtype, device=self._device)
+        self._right = torch.zeros(right, dtype=self._dtype, device=self._device)
+        self._origin = torch.zeros_like(self._pending)
+        self._scales = [1.0] * len(self.setting.groups)
+        for index in range(len(self.setting.groups)):
+            members = [place for place in self._places if place.group == index]
+            self._spans.append(slice(members[0].start, members[-1].stop))
+
+    @property
+    def _lazy(self) -> bool:
+        """Whether the update may wait. Compiled modules would not notice the hooks that show it, nor would in-place uses."""
+        assert self.displacement.module is not None
+        return not self.displacement.in_place and not any(map(_is_compiled, self.displacement.module.modules()))
+
+    # ---- directions ----------------------------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """See :meth:`Path.begin`."""
+        if not self._places:
+            self._lay_out()
+        devices = {place.parameter.device for place in self._places}
+        if devices != {self._device}:
+            self._move(devices)
+        self._warn_of_formed()
+        self._drawn = {}
+        self._turn()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the vectors anew: others may have written them."""
+        assert self._origin is not None
+        vectors = [place for place in self._places if not place.rank]
+        if vectors:
+            torch._foreach_copy_([p.left(self._origin) for p in vectors], [p.parameter.detach() for p in vectors])
+
+    def _move(self, devices: set[torch.device]) -> None:
+        if len(devices) > 1:
+            raise ValueError(f"low-rank directions need all parameters on one device, got {', '.join(map(str, devices))}")
+        self._device = devices.pop()
+        self._pending, self._right, self._origin, self._momentum = (
+            None if flat is None else flat.to(self._device)
+            for flat in (self._pending, self._right, self._origin, self._momentum)
+        )
+        self._shown = {}
+
+    def _turn(self) -> None:
+        """Draw V where a new interval begins, and carry the momentum over to it."""
+        head = self.setting.head
+        interval = _interval(self.setting.directions)
+        window = (head["seed"], head["step"] // interval)
+        if window == self._window:
+            return
+        if self._window is not None:
+            self.fold()  # a guard: the last step of an interval has done it, unless the seed was changed
+        assert self._right is not None
+        old = self._right
+        flat = torch.empty(old.shape, dtype=self._dtype)
+        self._draw(0, flat)
+        new = flat.to(self._device)
+        if self._momentum is not None and self._window is not None:
+            for place in self._places:
+                if place.rank:
+                    _carry(place.left(self._momentum), place.right(old), place.right(new))
+        old.copy_(new)
+        self._window = window
+        self._shown = {}
+
+    def _draw(self, query: int, right: Tensor | None = None) -> Tensor:
+        """The flat left factors of a direction, on the CPU; ``right`` is filled with the right ones."""
+        head = self.setting.head
+        return _flat_direction(
+            self._places, [geometry_of(g) for g in self.setting.groups], self._units(), self.setting, head["step"], query, right
+        )
+
+    def _units(self) -> list[float]:
+        return [unit for *_, unit in self.setting.members()]
+
+    @no_autocast()
+    def _direction(self, query: int) -> Tensor:
+        """The flat left factors U of a direction of the coming step, each parameter's in its unit of length."""
+        if query not in self._drawn:
+            ahead, key = self._ahead, (self.setting.head["seed"], self.setting.head["step"])
+            if query >= 0 and ahead is not None and ahead[0] == key:
+                for number, flat in enumerate(ahead[1].result()):
+                    self._drawn[number] = flat.to(self._device, non_blocking=True)
+                self._ahead = None
+            if query not in self._drawn:
+                self._drawn[query] = self._draw(query).to(self._device)
+        return self._drawn[query]
+
+    def _look_ahead(self) -> None:
+        """Start to draw the next step's directions."""
+        wanted = self._device.type == "cuda" if self._prefetch is None else self._prefetch
+        head = self.setting.head
+        step, count = head["step"] + 1, head["num_directions"]
+        if not wanted or (self._ahead is not None and self._ahead[0] == (head["seed"], step)):
+            return
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="directions")
+        geometries, units = [geometry_of(g) for g in self.setting.groups], self._units()
+        pin = self._device.type == "cuda"
+
+        def draw() -> list[Tensor]:
+            flats = [
+                _flat_direction(self._places, geometries, units, self.setting, step, query, None) for query in range(count)
+            ]
+            return [flat.pin_memory() for flat in flats] if pin else flats
+
+        self._ahead = (head["seed"], step), self._worker.submit(draw)
+
+    # ---- what the model sees -------------------------------------------------------------------------------------------
+    def stand_ins(self, points: Sequence[Point]) -> Mapping[nn.Parameter, Shown]:
+        """See :meth:`Path.stand_ins`."""
+        if all(point.tau == 0 for point in points) and not self.dirty:
+            return {}
+        lefts, shown = self._stand_ins(len(points))
+        assert self._pending is not None
+        assert self._origin is not None
+        for part, point in enumerate(points):
+            if point.tau == 0:
+                lefts[part].copy_(self._pending)
+            else:
+                torch.add(self._pending, self._direction(point.query), alpha=point.tau, out=lefts[part])
+        if all(scale == 1 for scale in self._scales):
+            lefts += self._origin
+        else:
+            for group, scale in enumerate(self._scales):
+                span = self._spans[group]
+                lefts[:, span].add_(self._origin[span], alpha=scale)
+            for place in self._places:
+                if place.rank:
+                    shown[place.parameter].scale = self._scales[place.group]  # type: ignore[attr-defined]
+        if all(point.tau for point in points):
+            self._look_ahead()
+        return shown
+
+    def _stand_ins(self, parts: int) -> tuple[Tensor, dict[nn.Parameter, Shown]]:
+        """The left factors of ``parts`` parts, and the stand-ins that look at them: made once for an interval."""
+        if parts not in self._shown:
+            assert self._pending is not None
+            assert self._right is not None
+            lefts = torch.zeros(parts, self._pending.numel(), dtype=self._dtype, device=self._device)
+            shown: dict[nn.Parameter, Shown] = {}
+            for place in self._places:
+                if place.rank:
+                    matrix: ShownMatrix = ShownMatrix.stand_in(place.name, place.parameter, parts)
+                    size = place.rank * place.rows
+                    matrix.left = lefts[:, place.start : place.stop].unflatten(1, (place.rank, size // place.rank))
+                    matrix.right = place.right(self._right).to(place.parameter.dtype)
+                    matrix.scale = 1.0
+                    shown[place.parameter] = matrix
+                else:
+                    vector: ShownVector = ShownVector.stand_in(place.name, place.parameter, parts)
+                    values = lefts[:, place.start : place.stop]
+                    vector.entries = values if place.parameter.dim() else values.squeeze(1)
+                    shown[place.parameter] = vector
+            self._shown[parts] = lefts, shown
+        return self._shown[parts]
+
+    def _warn_of_formed(self) -> None:
+        """Once: which matrices a low-rank direction cannot follow, so that they are formed in each forward."""
+        if self._warned or not self.displacement.observed:
+            return
+        self._warned = True
+        known = ShownMatrix.handlers
+        names = [
+            place.name
+            for place in self._places
+            if place.rank and any(func not in known for func in self.displacement.uses.get(place.parameter, ()))
+        ]
+        warn_of(names, "used by functions that a low-rank direction cannot follow, and displaced as a whole in each forward")
+
+    # ---- the update ----------------------------------------------------------------------------------------------------
+    @no_autocast()
+    def apply(self, slopes: list[float], multipliers: Sequence[float]) -> None:
+        """See :meth:`Path.apply`: into C; the weights are written at the end of an interval."""
+        assert self._pending is not None
+        average = self._average(slopes)
+        units = iter(self._units())
+        for index, (group, multiplier) in enumerate(zip(self.setting.groups, multipliers, strict=True)):
+            lr = group["lr"] * multiplier
+            span = self._spans[index]
+            decay = 1 - lr * group["weight_decay"]
+            if decay != 1:
+                self._pending[span].mul_(decay)
+                self._scales[index] *= decay
+            if average is None:
+                coefficient = self.setting.update.coefficient(slopes[0])
+                self._pending[span].add_(self._direction(0)[span], alpha=-lr * coefficient)
+                continue
+            members = [(place, next(units)) for place in self._places if place.group == index]
+            self._step_along(average, members, geometry_of(group), lr)
+        self.dirty = True
+        self.version += 1
+        self._applied += 1
+        head = self.setting.head
+        if (head["step"] + 1) % _interval(self.setting.directions) == 0 or not self._lazy:
+            self.fold()
+
+    def _average(self, slopes: list[float]) -> Tensor | None:
+        """The estimate ``mean_i ρ_i u_i`` through its momentum, as flat factors; None for one direction without momentum."""
+        betas = [group["momentum"] for group in self.setting.groups]
+        if len(slopes) == 1 and not any(betas):
+            return None
+        total = torch.zeros(self._spans[-1].stop, dtype=self._dtype, device=self._device)
+        for query, slope in enumerate(slopes):
+            total.add_(self._direction(query), alpha=slope / len(slopes))
+        for place, unit in zip(self._places, self._units(), strict=True):
+            if unit != 1:
+                place.left(total).div_(unit)
+        if not any(betas):
+            return total
+        if self._momentum is None:
+            self._momentum = torch.zeros_like(total)
+        for index, beta in enumerate(betas):
+            span = self._spans[index]
+            self._momentum[span].mul_(beta).add_(total[span], alpha=1 - beta)
+        return self._momentum
+
+    def _step_along(self, average: Tensor, members: list[tuple[_Place, float]], geometry: Geometry, lr: float) -> None:
+        assert self._pending is not None
+        assert self._right is not None
+        parts: list[Tensor | Factors] = [
+            Factors(place.left(average).T, place.right(self._right)) if place.rank else place.left(average)
+            for place, _ in members
+        ]
+        scale = None
+        if geometry.coupled and self.setting.update.normalised:
+            scale = group_scale(parts)
+            scale = torch.where(scale.isfinite(), scale, torch.zeros_like(scale))
+        for (place, unit), part in zip(members, parts, strict=True):
+            step = self.setting.update.step(part, geometry, scale)
+            move = step.left.T if isinstance(step, Factors) else step
+            place.left(self._pending).add_(move, alpha=lr * unit)
+
+    # ---- writing the weights -------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    @no_autocast()
+    def fold(self) -> None:
+        """Write the pending update into the weights."""
+        if not self.dirty:
+            return
+        assert self._pending is not None
+        for place in self._places:
+            self._folded(place, place.parameter.detach())
+        self._pending.zero_()
+        self._scales = [1.0] * len(self._scales)
+        self.dirty = False
+        self.version += 1
+        for _, shown in self._shown.values():
+            for matrix in shown.values():
+                if isinstance(matrix, ShownMatrix):
+                    matrix.scale = 1.0
+        torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    @no_autocast()
+    def folded(self, parameter: nn.Parameter, device: torch.device | None = None) -> Tensor:
+        """A copy of ``parameter`` as it will be when the pending update is written now."""
+        place = next(place for place in self._places if place.parameter is parameter)
+        return self._folded(place, parameter.detach().clone()).to(device or parameter.device)
+
+    def _folded(self, place: _Place, weight: Tensor) -> Tensor:
+        """``s W + C Vᵀ`` into ``weight``, rounded stochastically in half precision, and in pieces, to save memory."""
+        assert self._pending is not None
+        assert self._right is not None
+        left, scale = place.left(self._pending), self._scales[place.group]
+        source = generator(self.setting.head["seed"], self._applied, place.name, "rounding", device=weight.device)
+        if not place.rank:
+            wide = weight.to(self._dtype) * scale + left
+            return weight.copy_(round_stochastically(wide, weight.dtype, source))
+        matrix = weight.view(place.rows, place.columns) if weight.is_contiguous() else weight.reshape(place.rows, -1)
+        right = place.right(self._right).T
+        if weight.dtype == self._dtype:
+            matrix.addmm_(left.T, right, beta=scale)
+        else:
+            rows = max(1, _FOLDED_AT_ONCE // place.columns)
+            for first in range(0, place.rows, rows):
+                piece = matrix[first : first + rows]
+                wide = torch.addmm(piece.to(self._dtype), left[:, first : first + rows].T, right, beta=scale)
+                piece.copy_(round_stochastically(wide, weight.dtype, source))
+        if matrix.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+            weight.copy_(matrix.view_as(weight))
+        return weight
+
+    # ---- state ---------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on exactly: C, s, the weights that it belongs to, and the momentum; tensors by name."""
+        state: dict[str, Any] = {"applied": self._applied}
+        if self.dirty:
+            assert self._pending is not None
+            state["pending"] = {place.name: _saved(place.left(self._pending)) for place in self._places}
+            state["scales"] = list(self._scales)
+            state["unfolded"] = {place.name: _saved(place.parameter.detach()) for place in self._places}
+        if self._momentum is not None:
+            assert self._right is not None
+            state["momentum"] = {place.name: _saved(place.left(self._momentum)) for place in self._places}
+            # V of the interval that the momentum belongs to: at the end of one the next has not been drawn yet
+            state["right"] = {place.name: _saved(place.right(self._right)) for place in self._places if place.rank}
+            state["window"] = None if self._window is None else list(self._window)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``; the weights of a started interval are put back.
+
+        Raises:
+            ValueError: If the state is of other parameters.
+        """
+        self._places = []
+        self._clear()
+        self._lay_out()
+        assert self._pending is not None
+        assert self._right is not None
+        self._applied = int(state.get("applied", 0))
+        if "pending" in state:
+            self._fill(self._pending, state["pending"])
+            self._scales = [float(scale) for scale in state["scales"]]
+            with torch.no_grad():
+                for place in self._places:
+                    place.parameter.copy_(state["unfolded"][place.name])
+            self.dirty = True
+        if "momentum" in state:
+            self._momentum = torch.zeros_like(self._pending)
+            self._fill(self._momentum, state["momentum"])
+            for place in self._places:
+                if place.rank:
+                    place.right(self._right).copy_(state["right"][place.name])
+            self._window = None if state["window"] is None else (int(state["window"][0]), int(state["window"][1]))
+        if self.dirty:
+            self._turn()
+
+    def _fill(self, flat: Tensor, parts: Mapping[str, Tensor]) -> None:
+        names = {place.name for place in self._places}
+        if names != set(parts):
+            odd = sorted(names ^ set(parts))
+            raise ValueError(f"the checkpoint's update is of other parameters: {', '.join(odd[:3])}")
+        for place in self._places:
+            place.left(flat).copy_(parts[place.name])
+
+
+def _flat_direction(
+    places: Sequence[_Place],
+    geometries: Sequence[Geometry],
+    units: Sequence[float],
+    setting: Setting,
+    step: int,
+    query: int,
+    right: Tensor | None,
+) -> Tensor:
+    """U of all parameters in one float32 tensor on the CPU, after the geometry; a pure function of its arguments."""
+    seed = setting.head["seed"]
+    drawn = [setting.directions.draw(Address(seed, step, p.name, query), p.parameter.shape, _CPU) for p in places]
+    members: dict[int, list[Tensor | Factors]] = {}
+    for place, z in zip(places, drawn, strict=True):
+        members.setdefault(place.group, []).append(z)
+    scales = {g: group_scale(zs) for g, zs in members.items() if setting.needs_scale(geometries[g])}
+    flat = torch.empty(places[-1].stop, dtype=torch.float32 if right is None else right.dtype)
+    for place, unit, z in zip(places, units, drawn, strict=True):
+        u = setting.update.probe(z, geometries[place.group], scales.get(place.group))
+        part = place.left(flat)
+        if isinstance(u, Factors):
+            torch.mul(u.left.T, unit, out=part) if unit != 1 else part.copy_(u.left.T)
+            if right is not None:
+                place.right(right).copy_(u.right)
+        else:
+            torch.mul(u, unit, out=part) if unit != 1 else part.copy_(u)
+    return flat
+
+
+def _carry(momentum: Tensor, old: Tensor, new: Tensor) -> None:
+    """Replace M by the M' for which ``M'ᵀ V'ᵀ`` is nearest to ``Mᵀ Vᵀ`` (LOZO's rule, for any V'): shapes (r, m), (n, r)."""
+    overlap = torch.linalg.solve(new.T @ new, new.T @ old)
+    momentum.copy_(overlap @ momentum)
+
+
+def _saved(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory."""
+    return tensor.to(_CPU, copy=True)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
+
+
+def _rank(directions: Directions) -> int:
+    assert isinstance(directions, LowRank)
+    return directions.rank
+
+
+def _interval(directions: Directions) -> int:
+    assert isinstance(directions, LowRank)
+    return directions.interval
