@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_lightning.optim import kernels
 from zo_lightning.optim.directions import Dense, Factors, block_rows, matrix_shape
 from zo_lightning.optim.geometry import Geometry
 from zo_lightning.optim.path import Path, Point, geometry_of, group_scale
@@ -59,6 +60,10 @@ class DensePath(Path):
         drawn = {point.query: _Direction(self, parameter, point.query) for point in points}
         dense.draws = [(drawn[point.query], point.tau * unit) for point in points]
         return dense
+
+    def place(self, parameter: nn.Parameter) -> tuple[int, Geometry, str, float]:
+        """Number and geometry of the parameter's group, its name, and its unit of length."""
+        return self._places[parameter]
 
     # ---- directions ----------------------------------------------------------------------------------------------------
     @no_autocast()
@@ -123,12 +128,14 @@ class DensePath(Path):
                 scale = torch.where(scale.isfinite(), scale, torch.zeros_like(scale))
             for parameter in group["params"]:
                 unit = self._places[parameter][3]
+                decay = 1 - lr * group["weight_decay"]
                 if simple:
-                    pieces, factor = self.pieces(parameter, 0), -lr * unit * update.coefficient(slopes[0])
+                    factor = -lr * unit * update.coefficient(slopes[0])
+                    if not _Direction(self, parameter, 0).update(factor, decay):
+                        self._write(parameter, self.pieces(parameter, 0), factor, decay)
                 else:
                     step = self._step(self._estimate(parameter, group, slopes, store=True), geometry, scale)
-                    pieces, factor = iter([(0, len(step.view(-1)), step)]), lr * unit
-                self._write(parameter, pieces, factor, 1 - lr * group["weight_decay"])
+                    self._write(parameter, iter([(0, len(step.view(-1)), step)]), lr * unit, decay)
 
     def _step(self, estimate: Tensor, geometry: Geometry, scale: Tensor | None) -> Tensor:
         step = self.setting.update.step(estimate, geometry, scale)
@@ -161,7 +168,49 @@ class _Direction(Drawn):
 
     def __init__(self, path: DensePath, parameter: nn.Parameter, query: int) -> None:
         self._path, self._parameter, self._query = path, parameter, query
+        setting, (_, geometry, name, _) = path.setting, path.place(parameter)
+        self._address = setting.address(name, query)
+        self._multiple = setting.update.multiple(setting.directions, geometry)
+        fits = parameter.is_contiguous() and parameter.dtype in kernels.DTYPES and isinstance(setting.directions, Dense)
+        self.in_registers = fits and self._multiple is not None and kernels.available(parameter.device)
 
     def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """See :meth:`Drawn.pieces`."""
         return self._path.pieces(self._parameter, self._query)
+
+    def displaced(self, weight: Tensor, tau: float) -> Tensor:
+        """See :meth:`Drawn.displaced`."""
+        if not self.in_registers:
+            return super().displaced(weight, tau)
+        out = torch.empty_like(weight)
+        for rows, seed in self._blocks():
+            kernels.displace(weight[rows], seed, tau * self._factor, self._kind, out[rows])
+        return out
+
+    def update(self, factor: float, decay: float) -> bool:
+        """``W ← decay W + factor u``, if that can be done without writing u."""
+        if not self.in_registers:
+            return False
+        weight = self._parameter.detach()
+        for rows, seed in self._blocks():
+            # the streams of rounding and direction are distinct
+            kernels.update_(weight[rows], seed, factor * self._factor, decay, self._kind, seed)
+        return True
+
+    def _blocks(self) -> Iterator[tuple[slice, int]]:
+        directions = self._path.setting.directions
+        assert isinstance(directions, Dense)
+        step = block_rows(self._parameter.shape, self._parameter.device)
+        for block, first in enumerate(range(0, len(self._parameter), step)):
+            yield slice(first, first + step), directions.block_seed(self._address, block)
+
+    @property
+    def _factor(self) -> float:
+        assert self._multiple is not None
+        return self._multiple
+
+    @property
+    def _kind(self) -> kernels.Kind:
+        directions = self._path.setting.directions
+        assert isinstance(directions, Dense)
+        return directions.kind

@@ -14,7 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zo_lightning.optim.randomness import generator, in_parallel
+from zo_lightning.optim import kernels
+from zo_lightning.optim.kernels import Kind
+from zo_lightning.optim.randomness import generator, in_parallel, stable_seed
 
 __all__ = [
     "DIRECTIONS",
@@ -105,7 +107,13 @@ class Directions(ABC):
 
 
 class Dense(Directions):
-    """Directions with independent entries, drawn in blocks of rows that can be had one by one, in parallel on a CPU."""
+    """Directions with independent entries, drawn in blocks of rows that can be had one by one.
+
+    On a CPU blocks are drawn in parallel. On a GPU :mod:`zo_lightning.optim.kernels` draws them where Triton is installed, which
+    gives other numbers than torch's generator.
+    """
+
+    kind: ClassVar[Kind]
 
     def draw(self, address: Address, shape: torch.Size, device: torch.device) -> Tensor:
         """See :meth:`Directions.draw`."""
@@ -129,10 +137,20 @@ class Dense(Directions):
         starts = range(first, last, step)
 
         def fill(start: int) -> None:
-            self._fill(out[start - first : start - first + step], _generator(address, f"dense{start // step}", device))
+            block = out[start - first : start - first + step]
+            seed = self.block_seed(address, start // step)
+            if in_kernels:
+                kernels.fill(block, seed, self.kind)
+            else:
+                self._fill(block, torch.Generator(device).manual_seed(seed))
 
+        in_kernels = kernels.available(device)
         in_parallel(fill, starts, device)
         return out
+
+    def block_seed(self, address: Address, block: int) -> int:
+        """The seed of block number ``block`` of :func:`block_rows` rows."""
+        return stable_seed(address.seed, address.step, address.query, address.name, f"dense{block}")
 
     @abstractmethod
     def _fill(self, out: Tensor, source: torch.Generator) -> None:
@@ -143,6 +161,7 @@ class Gaussian(Dense):
     """Independent standard normal entries (Nesterov and Spokoiny, 2017; MeZO)."""
 
     name = "gaussian"
+    kind = "gaussian"
 
     def _fill(self, out: Tensor, source: torch.Generator) -> None:
         out.normal_(generator=source)
@@ -152,6 +171,7 @@ class Rademacher(Dense):
     """Independent entries ±1 with equal probability (SPSA; FZOO)."""
 
     name = "rademacher"
+    kind = "rademacher"
 
     def _fill(self, out: Tensor, source: torch.Generator) -> None:
         out.random_(0, 2, generator=source).mul_(2.0).sub_(1.0)

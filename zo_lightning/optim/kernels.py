@@ -19,11 +19,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Kind", "available", "displace", "fill", "update_"]
+__all__ = ["DTYPES", "Kind", "available", "displace", "fill", "update_"]
 
 Kind = Literal["gaussian", "rademacher"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024  # elements of one program; no result depends on it
 _LARGEST = (2**31 - 1) * _BLOCK  # CUDA's largest grid
 
@@ -78,23 +78,27 @@ def fill(out: Tensor, seed: int, kind: Kind) -> Tensor:
     return out
 
 
-def displace(weight: Tensor, seed: int, tau: float, kind: Kind) -> Tensor:
-    """Return ``weight + tau · z`` as a new tensor, with the sum in float32, rounded to nearest.
+def displace(weight: Tensor, seed: int, tau: float, kind: Kind, out: Tensor | None = None) -> Tensor:
+    """Return ``weight + tau · z``, with the sum in float32, rounded to nearest.
 
     Args:
         weight: float32, bfloat16 or float16, contiguous, of any shape.
         seed: In ``[0, 2**63)``.
         tau: Factor of z, in the weight's unit; rounded to float32.
         kind: As in :func:`fill`.
+        out: Contiguous, of the weight's shape and dtype; a new tensor if None.
 
     Returns:
-        A tensor of the weight's shape and dtype, without gradient.
+        ``out``, without gradient.
 
     Raises:
         ValueError: As :func:`fill`.
     """
     kernels = _check("weight", weight, kind, seed=seed)
-    out = torch.empty_like(weight, requires_grad=False)
+    if out is None:
+        out = torch.empty_like(weight, requires_grad=False)
+    elif not out.is_contiguous() or out.shape != weight.shape or out.dtype != weight.dtype:
+        raise ValueError(f"out must be contiguous, of shape {tuple(weight.shape)} and {weight.dtype}")
     _launch(kernels.displace, out, weight, out, seed, float(tau), GAUSSIAN=kind == "gaussian")
     return out
 
@@ -132,7 +136,7 @@ def _check(name: str, tensor: Tensor, kind: str, **seeds: int) -> _Kernels:
     for seed_name, seed in seeds.items():
         if not 0 <= seed < 2**63:
             raise ValueError(f"{seed_name} must be in [0, 2**63), not {seed}")
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, not {tensor.dtype}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous (shape {tuple(tensor.shape)}, stride {tensor.stride()}): copy it first")

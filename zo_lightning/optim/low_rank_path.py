@@ -270,9 +270,11 @@ class LowRankPath(Path):
 
     def _stand_ins(self, parts: int) -> tuple[Tensor, dict[nn.Parameter, Shown]]:
         """The left factors of ``parts`` parts, and the stand-ins that look at them: made once for an interval."""
-        if parts not in self._shown:
-            assert self._pending is not None
-            assert self._right is not None
+        if parts in self._shown:
+            return self._shown[parts]
+        assert self._pending is not None
+        assert self._right is not None
+        with torch.inference_mode(False), torch.no_grad():  # what is made here is written again by later steps
             lefts = torch.zeros(parts, self._pending.numel(), dtype=self._dtype, device=self._device)
             shown: dict[nn.Parameter, Shown] = {}
             for place in self._places:

@@ -32,6 +32,8 @@ class Pending:
 
     def __init__(self, path: Path, module: nn.Module) -> None:
         self.path = path
+        self.settle_others()
+        _ALIVE.add(self)
         self.showing = False
         self._wrappers = [(m, _Forward(self, m)) for m in module.modules()]
         self._copies: weakref.WeakValueDictionary[nn.Parameter, Tensor] = weakref.WeakValueDictionary()
@@ -50,6 +52,7 @@ class Pending:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _copies=weakref.WeakValueDictionary())
+        _ALIVE.add(self)
 
     # ---- forward passes ------------------------------------------------------------------------------------------------
     def show(self) -> None:
@@ -69,6 +72,18 @@ class Pending:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        _ALIVE.discard(self)
+
+    def settle_others(self) -> None:
+        """Write what other optimizers, alive or not, have pending of the same parameters."""
+        if len(_ALIVE) == 1 and self in _ALIVE:
+            return
+        mine = {parameter for _, _, parameter in self.path.displacement.slots}
+        for other in list(_ALIVE):
+            theirs = {parameter for _, _, parameter in other.path.displacement.slots}
+            if other is not self and not mine.isdisjoint(theirs):
+                other.path.fold()
+                other.hide()
 
     # ---- state dictionaries --------------------------------------------------------------------------------------------
     def before_saving(self, module: nn.Module, *rest: Any) -> None:
@@ -94,6 +109,10 @@ class Pending:
     def _before_loading(self, *args: Any) -> None:
         """The weights that are not loaded keep their update."""
         self.path.fold()
+
+
+_ALIVE: weakref.WeakSet[Pending] = weakref.WeakSet()
+"""Kept alive by the modules whose update they hold."""
 
 
 class _Hook:

@@ -445,16 +445,17 @@ ShownVector.handlers |= {F.linear: _linear, torch.addmm: _addmm}
 
 # ---- dense -------------------------------------------------------------------------------------------------------------
 class Drawn(ABC):
-    """A dense direction of one parameter, which is drawn when it is asked for."""
+    """A dense direction of one parameter, which is drawn when it is asked for.
+
+    Attributes:
+        in_registers: Whether :meth:`displaced` draws it without ever writing it, so that drawing it again costs no traffic.
+    """
+
+    in_registers: bool = False
 
     @abstractmethod
     def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """First row, last row + 1, and these rows of the direction of a parameter seen as a matrix, float32."""
-
-    def whole(self) -> Tensor:
-        """All rows."""
-        pieces = [rows for _, _, rows in self.pieces()]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def displaced(self, weight: Tensor, tau: float) -> Tensor:
         """``weight + τ u`` as a new tensor."""
@@ -500,6 +501,10 @@ class ShownDense(Shown):
         biases = [_bias_of(bias, part, dtype) for part in range(self.parts)]
         with no_autocast():
             for drawn, parts in self._shared():
+                if drawn.in_registers:
+                    for part, tau in parts:
+                        out[part] = F.linear(flat[part], drawn.displaced(plain, tau).to(dtype), biases[part])
+                    continue
                 for first, last, u in drawn.pieces():
                     for number, (part, tau) in enumerate(parts):
                         spare = number == len(parts) - 1

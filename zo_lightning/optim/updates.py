@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from zo_lightning.optim.directions import Factors
+from zo_lightning.optim.directions import Directions, Factors
 from zo_lightning.optim.geometry import Geometry
 
 __all__ = ["LMO", "SGD", "UPDATES", "Update", "make_update"]
@@ -36,6 +36,10 @@ class Update(ABC):
         """
 
     @abstractmethod
+    def multiple(self, directions: Directions, geometry: Geometry) -> float | None:
+        """The number f for which the probe is f times z whatever z, or None if there is none."""
+
+    @abstractmethod
     def coefficient(self, slope: float) -> float:
         """The factor of u in a step of one direction without momentum, which needs no stored gradient.
 
@@ -57,6 +61,10 @@ class LMO(Update):
         """See :meth:`Update.probe`."""
         return geometry.extreme_point(z, scale)
 
+    def multiple(self, directions: Directions, geometry: Geometry) -> float | None:
+        """See :meth:`Update.multiple`; the sign of ±1 is itself."""
+        return geometry.radius if geometry.name == "sign" and directions.name == "rademacher" else None
+
     def coefficient(self, slope: float) -> float:
         """See :meth:`Update.coefficient`; ``-lmo(ρ u) = sign(ρ) u`` for a unit extreme point u."""
         return float((slope > 0) - (slope < 0))
@@ -77,6 +85,10 @@ class SGD(Update):
         if scale is None:
             return z
         return z.scaled(scale) if isinstance(z, Factors) else z * scale
+
+    def multiple(self, directions: Directions, geometry: Geometry) -> float | None:
+        """See :meth:`Update.multiple`."""
+        return None if directions.coupled else 1.0
 
     def coefficient(self, slope: float) -> float:
         """See :meth:`Update.coefficient`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -27,8 +26,6 @@ from zo_lightning.optim.step_rules import Probe, StepReport, StepRule
 from zo_lightning.optim.updates import Update, make_update
 
 __all__ = ["NonFiniteLossError", "ZerothOrder"]
-
-_ATTACHED: weakref.WeakSet[ZerothOrder] = weakref.WeakSet()
 
 
 class NonFiniteLossError(RuntimeError):
@@ -158,11 +155,9 @@ class ZerothOrder(torch.optim.Optimizer):
         """
         displacement = Displacement(self.named_parameters(), module)
         self._drop_path()
-        self._settle_others()
         self._module = module
         self._made_path = self._path_over(displacement)
         self._pending = Pending(self._made_path, module)
-        _ATTACHED.add(self)
         return self
 
     def detach(self) -> None:
@@ -170,7 +165,6 @@ class ZerothOrder(torch.optim.Optimizer):
         self.fold()
         self._drop_path()
         self._module = None
-        _ATTACHED.discard(self)
 
     def fold(self) -> None:
         """Write the pending update into the weights now, for example before they are read directly.
@@ -180,16 +174,6 @@ class ZerothOrder(torch.optim.Optimizer):
         if self._made_path is not None:
             with deferred_interrupt():  # half of it written would be written twice
                 self._made_path.fold()
-
-    def _settle_others(self) -> None:
-        """Write what other optimizers have pending of the same parameters."""
-        if len(_ATTACHED) == 1 and self in _ATTACHED:
-            return
-        mine = set(self.named_parameters().values())
-        for other in list(_ATTACHED):
-            if other is not self and other._pending is not None and not mine.isdisjoint(other.named_parameters().values()):
-                other.fold()
-                other._pending.hide()
 
     def _drop_path(self) -> None:
         if self._pending is not None:
@@ -359,8 +343,8 @@ class ZerothOrder(torch.optim.Optimizer):
     def _begin(self, closure: Closure, stacked: Stacked | None) -> Evaluator:
         """Find out how the parameters are used, once, and get ready to draw the step's directions."""
         path = self._path
-        self._settle_others()
         if self._pending is not None:
+            self._pending.settle_others()
             self._pending.hide()
         evaluator = self._evaluator(closure, stacked)
         if not path.displacement.observed:
