@@ -270,7 +270,7 @@ def main() -> None:
     """Check, time, and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu-125m", help="model shape, device, precision and batch")
-    parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats")
     parser.add_argument("--only", nargs="+", help="of lowrank_sequential, lowrank_doubled, dense, mezo: these alone")
     parser.add_argument("--json", type=Path, help="write the result to this file too")
     args = parser.parse_args()
@@ -296,7 +296,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     weights = sum(p.numel() * p.element_size() for p in problem.model.parameters())
     contestants: dict[str, Contestant] = {}
     memory: dict[str, int] = {}
-    for name in names:  # one after the other: an attached optimizer folds those before it
+    for name in names:
         contestant = contestants[name] = makers[name]()
         contestant.check()
         for kind in contestant.kinds:
@@ -307,20 +307,22 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if isinstance(contestant, Ours):
             state = contestant.optimizer.param_groups[0]["stacking"]
             print(f"{name}: probes {'stacked' if state == 'trusted' else 'one after the other'}")
-            contestant.optimizer.detach()
-    # a fresh optimizer for each repeat would calibrate anew: attach the same ones in turn
+            contestant.optimizer.fold()
     times: dict[str, Times] = {name: Times() for name in names}
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    bare = contestants["bare"]
     for _ in range(args.repeats):
-        for name in names:
-            contestant = contestants[name]
-            if isinstance(contestant, Ours):
-                contestant.optimizer.attach(problem.model)
-                contestant.step("plain")  # observes the use of the weights, draws V, makes the stand-ins
+        for name, contestant in contestants.items():
+            # right beside each other, so that a machine that changes its speed does so for both
+            beside = timed(lambda: bare.step("plain"), problem.device)
+            taken = {}
             for kind in contestant.kinds:
-                took = timed(lambda c=contestant, k=kind: c.step(k), problem.device)  # type: ignore[misc]
-                times[name].by_kind.setdefault(kind, []).append(took)
+                taken[kind] = timed(lambda c=contestant, k=kind: c.step(k), problem.device)  # type: ignore[misc]
+                times[name].by_kind.setdefault(kind, []).append(taken[kind])
             if isinstance(contestant, Ours):
-                contestant.optimizer.detach()
+                contestant.optimizer.fold()
+            beside = (beside + timed(lambda: bare.step("plain"), problem.device)) / 2
+            ratios[name].append(sum(share * taken[kind] for kind, share in contestant.kinds.items()) / beside)
     seconds = {name: times[name].amortised(contestants[name].kinds) for name in names}
     others = [name for name in names if name != "bare"]
     inference = weights + memory["bare"]
@@ -337,7 +339,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             name: {kind: {"median": statistics.median(xs), "min": min(xs), "max": max(xs)} for kind, xs in t.by_kind.items()}
             for name, t in times.items()
         },
-        "ratio": {name: seconds[name] / seconds["bare"] for name in others},
+        "ratio": {name: statistics.median(ratios[name]) for name in others},
+        "ratio_spread": {name: [min(ratios[name]), max(ratios[name])] for name in others},
         "speedup_vs_mezo": {name: seconds["mezo"] / seconds[name] for name in others if "mezo" in names},
         "memory": {
             **{f"{key.get(name, name)}_over_inference": (weights + memory[name]) / inference for name in others},

@@ -109,8 +109,8 @@ class Directions(ABC):
 class Dense(Directions):
     """Directions with independent entries, drawn in blocks of rows that can be had one by one.
 
-    On a CPU blocks are drawn in parallel. On a GPU :mod:`zo_lightning.optim.kernels` draws them where Triton is installed, which
-    gives other numbers than torch's generator.
+    On a CPU blocks are drawn in parallel. On a GPU :mod:`zo_lightning.optim.kernels` draws them where Triton is installed:
+    other numbers than those of torch's generator.
     """
 
     kind: ClassVar[Kind]

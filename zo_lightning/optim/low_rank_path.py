@@ -389,6 +389,10 @@ class LowRankPath(Path):
                     matrix.scale = 1.0
         torch.clear_autocast_cache()
 
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """See :meth:`Path.holds`."""
+        return self.dirty and any(place.parameter is parameter for place in self._places)
+
     @torch.no_grad()
     @no_autocast()
     def folded(self, parameter: nn.Parameter, device: torch.device | None = None) -> Tensor:

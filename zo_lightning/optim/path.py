@@ -117,6 +117,10 @@ class Path(ABC):
     def fold(self) -> None:  # noqa: B027 (optional)
         """Write the pending update into the weights."""
 
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether an update of ``parameter`` may be pending."""
+        return False
+
     def folded(self, parameter: nn.Parameter, device: torch.device | None = None) -> Tensor:
         """A copy of ``parameter`` as it will be when the pending update is written now, on ``device``."""
         return parameter.detach().to(device or parameter.device, copy=True)

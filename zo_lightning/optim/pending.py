@@ -3,12 +3,14 @@
 While an update is pending, forward passes outside of a step (validation, generation) see it: the modules' ``forward`` is
 wrapped. ``state_dict`` holds folded copies, and in the middle of a step's evaluation the weights rather than their stand-ins.
 Before ``load_state_dict`` or a forward with gradients the update is written. Hooks and wrappers belong to the modules, so that
-the update outlives its optimizer, and a deep copy of the module takes its own copy along.
+the update outlives its optimizer; a deep copy of a module has it written, and is free of them.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -44,10 +46,10 @@ class Pending:
         for owner in self._owned:
             self._hooks.append(owner.register_state_dict_pre_hook(_Hook(self.before_saving)))
             self._hooks.append(owner.register_state_dict_post_hook(_Hook(self.after_saving)))
-            self._hooks.append(owner.register_load_state_dict_pre_hook(self._before_loading))
+            self._hooks.append(owner.register_load_state_dict_pre_hook(_Hook(self.before_loading)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy makes its own folded copies."""
+        """A pickled module takes the update along."""
         return {**self.__dict__, "_copies": None, "showing": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -106,7 +108,7 @@ class Pending:
             self._copies[parameter] = copy
         return copy
 
-    def _before_loading(self, *args: Any) -> None:
+    def before_loading(self, *args: Any) -> None:
         """The weights that are not loaded keep their update."""
         self.path.fold()
 
@@ -116,13 +118,17 @@ _ALIVE: weakref.WeakSet[Pending] = weakref.WeakSet()
 
 
 class _Hook:
-    """A bound method as an object that torch can put its mark on."""
+    """A bound method as an object that torch can put its mark on. A copy of its module has nothing pending."""
 
-    def __init__(self, method: Callable[..., None]) -> None:
+    def __init__(self, method: Callable[..., None] | None) -> None:
         self._method = method
 
     def __call__(self, *args: Any) -> None:
-        self._method(*args)
+        if self._method is not None:
+            self._method(*args)
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return _Hook(None)
 
 
 class _Forward:
@@ -152,6 +158,16 @@ class _Forward:
                 return forward(*args, **kwargs)
         finally:
             pending.showing = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """Write the update into the copy of the module, whose weights have been copied already."""
+        for parameter in self._module._parameters.values():
+            copied = memo.get(id(parameter))
+            if parameter is not None and copied is not None and self._pending.path.holds(parameter):
+                copied.data.copy_(self._pending.path.folded(parameter))
+        if self._inner is not None:
+            return copy.deepcopy(self._inner, memo)
+        return types.MethodType(type(self._module).forward, memo[id(self._module)])
 
     def put_on(self, module: nn.Module) -> None:
         """Take the place of ``module.forward``; past the module's own ``__setattr__``, as it is done at every step."""

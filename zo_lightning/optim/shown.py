@@ -151,16 +151,15 @@ def _layer_norm(
     normal = F.layer_norm(input, normalized_shape, None, None, eps)
     y = _divided(normal, parts, vectors[0].label)
     between = y.dim() - 1 - len(normalized_shape)
-    out = torch.empty_like(y)  # rounded once, as it is written
-    with _as_they_are(y):
+    with _as_they_are(y):  # in place: one pass, rounded once, as it is written
         if weight is None:
             assert bias is not None
-            torch.add(y, _spread(bias, between), out=out)
+            torch.add(y, _spread(bias, between), out=y)
         elif bias is None:
-            torch.mul(y, _spread(weight, between), out=out)
+            torch.mul(y, _spread(weight, between), out=y)
         else:
-            torch.addcmul(_spread(bias, between), y, _spread(weight, between), out=out)
-    return out.view(normal.shape)
+            torch.addcmul(_spread(bias, between), y, _spread(weight, between), out=y)
+    return y.view(normal.shape)
 
 
 def _rms_norm(

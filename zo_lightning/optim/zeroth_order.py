@@ -174,6 +174,8 @@ class ZerothOrder(torch.optim.Optimizer):
         if self._made_path is not None:
             with deferred_interrupt():  # half of it written would be written twice
                 self._made_path.fold()
+                if self._pending is not None:
+                    self._pending.hide()
 
     def _drop_path(self) -> None:
         if self._pending is not None:
