@@ -18,11 +18,11 @@ from tests.optim.zoo import CASES, IDS, Case, Mixed, inputs
 from zo_lightning.optim import Address, Displacement, Gaussian, LowRank, ZerothOrder
 from zo_lightning.optim import dense_path as dense_path_module
 from zo_lightning.optim import directions as directions_module
-from zo_lightning.optim import shown as shown_module
 from zo_lightning.optim.dense_path import DensePath
 from zo_lightning.optim.interrupts import deferred_interrupt
 from zo_lightning.optim.low_rank_path import LowRankPath
 from zo_lightning.optim.shown import Drawn, Shown, ShownDense, ShownMatrix, ShownVector
+from zo_lightning.optim.shown import dense as dense_module
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -682,7 +682,7 @@ def test_dense_displaced_weights_are_formed_only_while_they_are_used(q, stack, r
     optimizer = ZerothOrder(module.named_parameters(), directions="gaussian", num_directions=q, update="sgd", seed=0)
     optimizer.attach(module)
     held, between = Held(), []
-    monkeypatch.setattr(shown_module, "displaced", held.count(shown_module.displaced))
+    monkeypatch.setattr(dense_module, "displaced", held.count(dense_module.displaced))
     for layer in module:
         layer.register_forward_hook(lambda *_: between.append(held.entries()))
     evaluate(optimizer, module, stack)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.optim import reference
 from tests.optim.reference import LAWS
 from zo_lightning.optim import GEOMETRIES, Address, Factors, Gaussian, Geometry, LowRank, Rademacher, make_geometry, polar
-from zo_lightning.optim.geometry import Column
+from zo_lightning.optim.geometry import Column, polar_thin
 
 NAMES = sorted(GEOMETRIES)
 every_geometry = pytest.mark.parametrize("name", NAMES)
@@ -212,6 +212,23 @@ def test_polar_is_a_partial_isometry_with_the_same_row_and_column_space(seed, m,
     torch.testing.assert_close(p @ h, g)
     torch.testing.assert_close(h, h.T)
     assert torch.linalg.eigvalsh((h + h.T) / 2).min() >= -1e-9 * h.abs().max()
+
+
+@LAWS
+@given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 6), st.integers(0, 6), st.floats(-6, 6))
+def test_polar_by_small_work_is_polar(seed, m, r, rank, scale):
+    """Of factors of full and of lower rank, whose columns differ in size by up to a thousand."""
+    source = torch.Generator().manual_seed(seed)
+    rank = min(rank, m, r)
+    left, right = torch.randn(m, rank, generator=source), torch.randn(rank, r, generator=source)
+    g = left @ right * 10.0 ** torch.linspace(0, -3, r) * 10.0**scale
+    exact = polar(g.double()) if rank == min(m, r) else None
+    p = polar_thin(g)
+    if exact is not None:
+        torch.testing.assert_close(p.double(), exact, rtol=0, atol=2e-3)
+    singular = torch.linalg.svdvals(p.double())
+    assert ((singular - singular.round()).abs() < 1e-3).all(), "a partial isometry"
+    assert int(singular.round().sum()) <= rank
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (1, 4), (4, 1)])

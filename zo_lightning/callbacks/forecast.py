@@ -17,8 +17,6 @@ from zo_lightning.optim import ParameterFree, ZerothOrder
 
 __all__ = ["Forecast"]
 
-_TIMED = 1  # rehearsals of a step, after one that warms up
-
 
 class Forecast(Callback):
     """Says before the first step what the run needs, from a rehearsal of the first step.
@@ -81,19 +79,8 @@ class Forecast(Callback):
 def _measure(module: ZOModule, batch: Any, optimizer: ZerothOrder) -> tuple[float, float]:
     """Seconds of the forwards of a step, and the peak memory in bytes. Leaves no trace in the module."""
     closure, stacked = module.closures(batch)
-    device = next(iter(optimizer.named_parameters().values())).device
-    optimizer.rehearse(closure, stacked=stacked)
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(_TIMED):
-        optimizer.rehearse(closure, stacked=stacked)
-    _synchronize(device)
-    return (time.perf_counter() - start) / _TIMED, _peak_memory(device)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    seconds = optimizer.rehearse(closure, stacked=stacked)
+    return seconds, _peak_memory(next(iter(optimizer.named_parameters().values())).device)
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -188,7 +188,7 @@ class Spectral(Geometry):
         """See :meth:`Geometry.extreme_point`; for factors, ``polar(U Vᵀ) = polar(U) Vᵀ`` because V is orthonormal."""
         if isinstance(z, Factors):
             shape = torch.Size((z.left.shape[0], z.right.shape[0]))
-            return Factors(polar(z.left) * (self.aspect(shape) * self.radius), z.right)
+            return Factors(polar_thin(z.left) * (self.aspect(shape) * self.radius), z.right)
         return (polar(_matrix(z)) * (self.aspect(z.shape) * self.radius)).reshape(z.shape)
 
 
@@ -282,6 +282,26 @@ def polar(g: Tensor) -> Tensor:
     U, S, Vh = torch.linalg.svd(g, full_matrices=False)
     kept = (S[0] * max(g.shape) * torch.finfo(S.dtype).eps < S).to(S.dtype)
     return (U * kept) @ Vh
+
+
+def polar_thin(g: Tensor) -> Tensor:
+    """The polar factor of a matrix of few columns by work on r × r: ``g (gᵀ g)^(-1/2)``.
+
+    The Gram matrix is float64, in which squaring the singular values loses nothing of a float32 matrix.
+
+    Args:
+        g: Shape (m, r).
+
+    Returns:
+        As :func:`polar`.
+    """
+    if min(g.shape) == 1 or g.shape[0] < g.shape[1]:
+        return polar(g)
+    wide = g.double()
+    values, vectors = torch.linalg.eigh(wide.T @ wide)
+    smallest = values[-1] * (max(g.shape) * torch.finfo(torch.float32).eps) ** 2
+    inverse = torch.where(values > smallest, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
+    return (wide @ (vectors * inverse) @ vectors.T).to(_wide(g).dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -10,15 +10,14 @@ just before it does, C Vᵀ is folded into W. In between, forwards, checkpoints 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zo_lightning.optim.directions import Address, Directions, Factors, LowRank, matrix_shape
+from zo_lightning.optim.directions import Directions, Factors, LowRank
 from zo_lightning.optim.displacement import Displacement, warn_of
+from zo_lightning.optim.flat import Ahead, Place, device_of, flat_direction, places_of
 from zo_lightning.optim.geometry import Geometry
 from zo_lightning.optim.path import Path, Point, Setting, geometry_of, group_scale
 from zo_lightning.optim.precision import no_autocast
@@ -30,44 +29,6 @@ __all__ = ["LowRankPath"]
 
 _FOLDED_AT_ONCE = 1 << 22  # elements of a half-precision weight whose float32 copy is made at a time
 _CPU = torch.device("cpu")
-
-
-@dataclass
-class _Place:
-    """Where a parameter's factors lie.
-
-    Attributes:
-        name: The parameter's name.
-        parameter: The parameter.
-        group: Number of its group.
-        rank: r, 0 for a vector.
-        rows: m, the elements of a vector.
-        columns: n, 0 for a vector.
-        start: Of its r · m (or m) entries in the flat left factors, which lie as U transposed.
-        right_start: Of its n · r entries in the flat right factors.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    group: int
-    rank: int
-    rows: int
-    columns: int
-    start: int
-    right_start: int
-
-    @property
-    def stop(self) -> int:
-        """End of its entries in the flat left factors."""
-        return self.start + max(self.rank, 1) * self.rows
-
-    def left(self, flat: Tensor) -> Tensor:
-        """Its part of flat left factors: shape (r, m), or the vector's."""
-        return flat[self.start : self.stop].view((self.rank, self.rows) if self.rank else self.parameter.shape)
-
-    def right(self, flat: Tensor) -> Tensor:
-        """Its V, shape (n, r), of flat right factors."""
-        return flat[self.right_start : self.right_start + self.columns * self.rank].view(self.columns, self.rank)
 
 
 class LowRankPath(Path):
@@ -88,7 +49,7 @@ class LowRankPath(Path):
 
     def __init__(self, setting: Setting, displacement: Displacement, *, prefetch: bool | None = None) -> None:
         super().__init__(setting, displacement)
-        self._places: list[_Place] = []
+        self._places: list[Place] = []
         self._prefetch = prefetch
         self._clear()
 
@@ -101,8 +62,7 @@ class LowRankPath(Path):
         self._origin: Tensor | None = None  # the vectors, in their places among the left factors
         self._shown: dict[int, tuple[Tensor, dict[nn.Parameter, Shown]]] = {}
         self._drawn: dict[int, Tensor] = {}
-        self._ahead: tuple[tuple[Any, ...], Future[list[Tensor]]] | None = None
-        self._worker: ThreadPoolExecutor | None = None
+        self._ahead: Ahead | None = None
         self._spans: list[slice] = []
         self._warned = False
         self._applied = 0  # updates so far, which seed the rounding
@@ -111,30 +71,19 @@ class LowRankPath(Path):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy of the module needs to go on showing the pending update: everything but threads and stand-ins."""
-        return {**self.__dict__, "_shown": {}, "_drawn": {}, "_ahead": None, "_worker": None}
+        return {**self.__dict__, "_shown": {}, "_drawn": {}, "_ahead": None}
 
     # ---- layout --------------------------------------------------------------------------------------------------------
     def _lay_out(self) -> None:
-        """Give every parameter its place, group by group."""
-        start = right = 0
-        for group, _, name, parameter, _ in self.setting.members():
-            if parameter.dim() < 2:
-                rank, rows, columns = 0, parameter.numel(), 0
-            else:
-                rows, columns = matrix_shape(parameter.shape)
-                rank = min(_rank(self.setting.directions), rows, columns)
-            place = _Place(name, parameter, group, rank, rows, columns, start, right)
-            self._places.append(place)
-            start, right = place.stop, right + columns * rank
-        devices = {place.parameter.device for place in self._places}
-        if len(devices) > 1:
-            raise ValueError(f"low-rank directions need all parameters on one device, got {', '.join(map(str, devices))}")
-        self._device = devices.pop()
+        self._places = places_of(self.setting)
+        self._device = device_of(self._places)
         self._dtype = torch.float32
         if any(place.parameter.dtype is torch.float64 for place in self._places):
             self._dtype = torch.float64
-        self._pending = torch.zeros(start, dtype=self._dtype, device=self._device)
-        self._right = torch.zeros(right, dtype=self._dtype, device=self._device)
+        last = self._places[-1]
+        columns = last.right_start + last.columns * last.rank
+        self._pending = torch.zeros(last.stop, dtype=self._dtype, device=self._device)
+        self._right = torch.zeros(columns, dtype=self._dtype, device=self._device)
         self._origin = torch.zeros_like(self._pending)
         self._scales = [1.0] * len(self.setting.groups)
         for index in range(len(self.setting.groups)):
@@ -152,9 +101,8 @@ class LowRankPath(Path):
         """See :meth:`Path.begin`."""
         if not self._places:
             self._lay_out()
-        devices = {place.parameter.device for place in self._places}
-        if devices != {self._device}:
-            self._move(devices)
+        if self._places[0].parameter.device != self._device:
+            self._move(device_of(self._places))
         self._warn_of_formed()
         self._drawn = {}
         self._turn()
@@ -167,10 +115,8 @@ class LowRankPath(Path):
         if vectors:
             torch._foreach_copy_([p.left(self._origin) for p in vectors], [p.parameter.detach() for p in vectors])
 
-    def _move(self, devices: set[torch.device]) -> None:
-        if len(devices) > 1:
-            raise ValueError(f"low-rank directions need all parameters on one device, got {', '.join(map(str, devices))}")
-        self._device = devices.pop()
+    def _move(self, device: torch.device) -> None:
+        self._device = device
         self._pending, self._right, self._origin, self._momentum = (
             None if flat is None else flat.to(self._device)
             for flat in (self._pending, self._right, self._origin, self._momentum)
@@ -201,10 +147,8 @@ class LowRankPath(Path):
 
     def _draw(self, query: int, right: Tensor | None = None) -> Tensor:
         """The flat left factors of a direction, on the CPU; ``right`` is filled with the right ones."""
-        head = self.setting.head
-        return _flat_direction(
-            self._places, [geometry_of(g) for g in self.setting.groups], self._units(), self.setting, head["step"], query, right
-        )
+        geometries = [geometry_of(group) for group in self.setting.groups]
+        return flat_direction(self._places, geometries, self._units(), self.setting, self.setting.head["step"], query, right)
 
     def _units(self) -> list[float]:
         return [unit for *_, unit in self.setting.members()]
@@ -213,34 +157,17 @@ class LowRankPath(Path):
     def _direction(self, query: int) -> Tensor:
         """The flat left factors U of a direction of the coming step, each parameter's in its unit of length."""
         if query not in self._drawn:
-            ahead, key = self._ahead, (self.setting.head["seed"], self.setting.head["step"])
-            if query >= 0 and ahead is not None and ahead[0] == key:
-                for number, flat in enumerate(ahead[1].result()):
-                    self._drawn[number] = flat.to(self._device, non_blocking=True)
-                self._ahead = None
-            if query not in self._drawn:
-                self._drawn[query] = self._draw(query).to(self._device)
+            ready = self._ahead.take(self.setting) if query >= 0 and self._ahead is not None else []
+            for number, flat in enumerate(ready or [self._draw(query)]):
+                self._drawn[number if ready else query] = flat.to(self._device, non_blocking=bool(ready))
         return self._drawn[query]
 
     def _look_ahead(self) -> None:
         """Start to draw the next step's directions."""
-        wanted = self._device.type == "cuda" if self._prefetch is None else self._prefetch
-        head = self.setting.head
-        step, count = head["step"] + 1, head["num_directions"]
-        if not wanted or (self._ahead is not None and self._ahead[0] == (head["seed"], step)):
-            return
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="directions")
-        geometries, units = [geometry_of(g) for g in self.setting.groups], self._units()
-        pin = self._device.type == "cuda"
-
-        def draw() -> list[Tensor]:
-            flats = [
-                _flat_direction(self._places, geometries, units, self.setting, step, query, None) for query in range(count)
-            ]
-            return [flat.pin_memory() for flat in flats] if pin else flats
-
-        self._ahead = (head["seed"], step), self._worker.submit(draw)
+        if self._device.type == "cuda" if self._prefetch is None else self._prefetch:
+            if self._ahead is None:
+                self._ahead = Ahead(pin=self._device.type == "cuda")
+            self._ahead.start(self._places, self.setting)
 
     # ---- what the model sees -------------------------------------------------------------------------------------------
     def stand_ins(self, points: Sequence[Point]) -> Mapping[nn.Parameter, Shown]:
@@ -353,7 +280,7 @@ class LowRankPath(Path):
             self._momentum[span].mul_(beta).add_(total[span], alpha=1 - beta)
         return self._momentum
 
-    def _step_along(self, average: Tensor, members: list[tuple[_Place, float]], geometry: Geometry, lr: float) -> None:
+    def _step_along(self, average: Tensor, members: list[tuple[Place, float]], geometry: Geometry, lr: float) -> None:
         assert self._pending is not None
         assert self._right is not None
         parts: list[Tensor | Factors] = [
@@ -400,7 +327,7 @@ class LowRankPath(Path):
         place = next(place for place in self._places if place.parameter is parameter)
         return self._folded(place, parameter.detach().clone()).to(device or parameter.device)
 
-    def _folded(self, place: _Place, weight: Tensor) -> Tensor:
+    def _folded(self, place: Place, weight: Tensor) -> Tensor:
         """``s W + C Vᵀ`` into ``weight``, rounded stochastically in half precision, and in pieces, to save memory."""
         assert self._pending is not None
         assert self._right is not None
@@ -478,35 +405,6 @@ class LowRankPath(Path):
             place.left(flat).copy_(parts[place.name])
 
 
-def _flat_direction(
-    places: Sequence[_Place],
-    geometries: Sequence[Geometry],
-    units: Sequence[float],
-    setting: Setting,
-    step: int,
-    query: int,
-    right: Tensor | None,
-) -> Tensor:
-    """U of all parameters in one float32 tensor on the CPU, after the geometry; a pure function of its arguments."""
-    seed = setting.head["seed"]
-    drawn = [setting.directions.draw(Address(seed, step, p.name, query), p.parameter.shape, _CPU) for p in places]
-    members: dict[int, list[Tensor | Factors]] = {}
-    for place, z in zip(places, drawn, strict=True):
-        members.setdefault(place.group, []).append(z)
-    scales = {g: group_scale(zs) for g, zs in members.items() if setting.needs_scale(geometries[g])}
-    flat = torch.empty(places[-1].stop, dtype=torch.float32 if right is None else right.dtype)
-    for place, unit, z in zip(places, units, drawn, strict=True):
-        u = setting.update.probe(z, geometries[place.group], scales.get(place.group))
-        part = place.left(flat)
-        if isinstance(u, Factors):
-            torch.mul(u.left.T, unit, out=part) if unit != 1 else part.copy_(u.left.T)
-            if right is not None:
-                place.right(right).copy_(u.right)
-        else:
-            torch.mul(u, unit, out=part) if unit != 1 else part.copy_(u)
-    return flat
-
-
 def _carry(momentum: Tensor, old: Tensor, new: Tensor) -> None:
     """Replace M by the M' for which ``M'ᵀ V'ᵀ`` is nearest to ``Mᵀ Vᵀ`` (LOZO's rule, for any V'): shapes (r, m), (n, r)."""
     overlap = torch.linalg.solve(new.T @ new, new.T @ old)
@@ -520,11 +418,6 @@ def _saved(tensor: Tensor) -> Tensor:
 
 def _is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
-
-
-def _rank(directions: Directions) -> int:
-    assert isinstance(directions, LowRank)
-    return directions.rank
 
 
 def _interval(directions: Directions) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -325,14 +326,29 @@ class ZerothOrder(torch.optim.Optimizer):
         return torch.stack([*seen.plus, *seen.minus]).mean()
 
     @torch.no_grad()
-    def rehearse(self, closure: Closure, *, stacked: Stacked | None = None) -> None:
-        """Run the forwards of a step, for example to see how long they take, and change nothing."""
+    def rehearse(self, closure: Closure, *, stacked: Stacked | None = None) -> float:
+        """Run the forwards of a step twice, to see how long they take, and change nothing.
+
+        Args:
+            closure: As for :meth:`step`.
+            stacked: As for :meth:`step`.
+
+        Returns:
+            Seconds of the second time, after which the device has finished.
+        """
         kept = [dict(group) for group in self.param_groups]
         path = self._path
         counts = not path.displacement.observed and not self._resumed  # as the first step would count it
         evaluator = self._begin(closure, stacked)
+        devices = {parameter.device for parameter in self.named_parameters().values() if parameter.is_cuda}
+        seconds = 0.0
         try:
-            self._probe(evaluator, False)
+            for _ in range(2):
+                start = time.perf_counter()
+                self._probe(evaluator, False)
+                for device in devices:
+                    torch.cuda.synchronize(device)
+                seconds = time.perf_counter() - start
         finally:
             evaluator.rewind()
             path.end()
@@ -341,6 +357,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self._count(int(counts))
             if self._pending is not None:
                 self._pending.show()
+        return seconds
 
     def _begin(self, closure: Closure, stacked: Stacked | None) -> Evaluator:
         """Find out how the parameters are used, once, and get ready to draw the step's directions."""

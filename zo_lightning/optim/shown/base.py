@@ -1,0 +1,116 @@
+"""Weights as a forward pass is to see them: displaced, while the weight itself is only read.
+
+A :class:`Shown` stands in a module's parameter slot for the duration of an evaluation. It is a tensor with the weight's own
+storage, shape and dtype, and intercepts the functions that use it (``__torch_function__``, which ``torch.compile`` traces
+too). A function that has no form of its own for its kind of weight is given the displaced weight as a tensor.
+
+With several ``parts`` the leading dimension of the activations holds that many copies of the batch one after the other, and
+each part sees a displacement of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["METADATA", "NotStackableError", "Shown", "as_they_are", "divided"]
+
+METADATA = {
+    getattr(Tensor, name).__get__
+    for name in (
+        *("device", "dtype", "grad", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mps", "is_nested", "is_quantized"),
+        *("is_sparse", "is_xpu", "itemsize", "layout", "names", "nbytes", "ndim", "requires_grad", "shape"),
+    )
+    if hasattr(getattr(Tensor, name, None), "__get__")
+} | {
+    getattr(Tensor, name)
+    for name in (
+        *("__hash__", "__len__", "dim", "element_size", "get_device", "is_complex", "is_contiguous"),
+        *("is_floating_point", "nelement", "numel", "size", "stride"),
+    )
+}
+"""Functions that read no values."""
+
+
+class NotStackableError(RuntimeError):
+    """A function cannot give each part of a stacked batch its own displacement."""
+
+
+class Shown(Tensor):
+    """A displaced weight.
+
+    Attributes:
+        plain: The weight itself, which is only read.
+        label: Its name, for messages.
+        parts: In how many parts the batch comes, each with a displacement of its own.
+    """
+
+    plain: Tensor
+    label: str
+    parts: int
+    handlers: ClassVar[dict[Any, Callable[..., Any]]] = {}
+    """What a kind of shown weight does in a function; anything else forms the displaced weight."""
+
+    @classmethod
+    def stand_in(cls, name: str, plain: Tensor, parts: int) -> Any:
+        """A tensor of ``plain``'s storage that stands for it."""
+        shown = plain.detach().as_subclass(cls)
+        with torch._C.DisableTorchFunctionSubclass():
+            shown.requires_grad_(plain.requires_grad)
+        shown.plain, shown.label, shown.parts = plain, name, parts
+        return shown
+
+    def value(self, part: int = 0) -> Tensor:
+        """The displaced weight of one part, a new tensor of the weight's shape and dtype."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let the kind of weight answer for ``func``, or form the weight."""
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        handler = cls.handlers.get(func)
+        if handler is not None:
+            if torch.is_grad_enabled():  # by the closure: there is nothing to differentiate
+                with torch.no_grad():
+                    result = handler(*args, **kwargs)
+            else:
+                result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*_formed(args, func), **dict(zip(kwargs, _formed(kwargs.values(), func), strict=True)))
+
+
+def _formed(values: Iterable[Any], func: Any) -> list[Any]:
+    """``values`` with the displaced weights formed; lists and tuples are looked into."""
+    result = []
+    for value in values:
+        if isinstance(value, Shown):
+            if value.parts > 1:
+                label = getattr(func, "__name__", str(func))
+                raise NotStackableError(f"{value.label} is used by {label}, which takes one weight for the whole batch")
+            result.append(value.value())
+        elif type(value) in (list, tuple):
+            result.append(type(value)(_formed(value, func)))
+        else:
+            result.append(value)
+    return result
+
+
+def divided(x: Tensor, parts: int, what: str) -> Tensor:
+    """``x`` of shape (parts · n, ...) as (parts, n, ...)."""
+    if x.dim() == 0 or x.shape[0] % parts:
+        raise NotStackableError(f"{what} meets activations of shape {tuple(x.shape)}, which do not hold {parts} batches")
+    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+
+def as_they_are(x: Tensor) -> AbstractContextManager[Any]:
+    """Keep autocast from rounding what is computed in float32 here; a form that costs nothing without it."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
