@@ -79,6 +79,12 @@ class ReleasedMeZO(ZerothOrder):
             parameter.data = parameter.data + factor * z
 
 
+class SlowMeZO(ReleasedMeZO):
+    """The same with a third of the rate, nearer to those in use for large models."""
+
+    rate = 1e-5
+
+
 def geometry(**radii: float | None) -> dict[str, Any]:
     """AdaNAGED with other radii of kinds; None leaves the kind out."""
     return {"geometry": {kind: None if radius is None else {"radius": radius} for kind, radius in radii.items()}}
@@ -107,6 +113,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "matrix_radius_4": ({}, geometry(matrix=4.0, embedding=4.0)),
     "embedding_radius_0": ({}, geometry(embedding=None)),
     "mezo": ({}, {}),
+    "mezo_slow": ({}, {}),
 }
 
 
@@ -119,8 +126,9 @@ def measure(variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
     elif options.get("update") is Still:
         options["update"] = Still()
     seed_everything(seed, verbose=False)
-    released = variant == "mezo"
-    module = CausalLMClassificationModule(args.model, optimizer=partial(ReleasedMeZO if released else ZerothOrder, **options))
+    released = {"mezo": ReleasedMeZO, "mezo_slow": SlowMeZO}.get(variant)
+    module = CausalLMClassificationModule(args.model, optimizer=partial(released or ZerothOrder, **options))
+    rule = [] if released is not None else [AdaNAGED(**adanaged)]
     data = PromptClassificationDataModule(args.task, data_dir=args.data)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +142,12 @@ def measure(variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
             enable_model_summary=False,
             num_sanity_val_steps=0,
             default_root_dir=folder,
-            callbacks=[*([] if released else [AdaNAGED(**adanaged)]), SpacedValidation(), best, movement := Movement()],
+            callbacks=[
+                *([] if released is not None else [AdaNAGED(**adanaged)]),
+                SpacedValidation(),
+                best,
+                movement := Movement(),
+            ],
         )
         trainer.fit(module, data)
         seconds = time.perf_counter() - start
