@@ -142,12 +142,7 @@ def measure(variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
             enable_model_summary=False,
             num_sanity_val_steps=0,
             default_root_dir=folder,
-            callbacks=[
-                *([] if released is not None else [AdaNAGED(**adanaged)]),
-                SpacedValidation(),
-                best,
-                movement := Movement(),
-            ],
+            callbacks=[*rule, SpacedValidation(), best, movement := Movement()],
         )
         trainer.fit(module, data)
         seconds = time.perf_counter() - start
