@@ -38,6 +38,7 @@ class Evaluator:
         batch_norms: Those of its layers that may take statistics over the batch.
         devices: Devices whose random state is kept.
         state: ``"untried"``, ``"trusted"`` or ``"off"``: whether stacking is used, from the step before.
+        unresolved: How often the comparison has seen no difference between the points, so far.
         count: Called with the number of batch losses that were evaluated.
     """
 
@@ -49,6 +50,7 @@ class Evaluator:
         batch_norms: Sequence[nn.Module],
         devices: set[torch.device],
         state: str,
+        unresolved: int,
         count: Callable[[int], None],
     ) -> None:
         self._closure, self._stacked = closure, stacked
@@ -56,8 +58,8 @@ class Evaluator:
         self._module, self._batch_norms = module, batch_norms
         self._count = count
         self._calls = 0
-        self._unresolved = 0
-        self.state = OFF if stacked is None and state == UNTRIED else state
+        self.unresolved = unresolved
+        self.state = state
         self.given = stacked is not None
 
     def one(self) -> Tensor:
@@ -144,8 +146,8 @@ class Evaluator:
         elif finite and resolved:
             self.state = TRUSTED
         elif finite:
-            self._unresolved += 1
-            self.state = TRUSTED if self._unresolved >= _UNRESOLVED_TRIES else UNTRIED
+            self.unresolved += 1
+            self.state = TRUSTED if self.unresolved >= _UNRESOLVED_TRIES else UNTRIED
 
     def _resolution(self) -> float:
         dtypes = {torch.float32}

@@ -130,6 +130,7 @@ class ZerothOrder(torch.optim.Optimizer):
             "directions": self.directions.signature(),
             "units": None,
             "stacking": "untried",
+            "unresolved": 0,
         }
         self._module: nn.Module | None = None
         self._made_path: Path | None = None
@@ -313,7 +314,7 @@ class ZerothOrder(torch.optim.Optimizer):
                     torch.clear_autocast_cache()
                 for group in self.param_groups:
                     group["step"] += 1
-                    group["stacking"] = evaluator.state
+                    group["stacking"], group["unresolved"] = evaluator.state, evaluator.unresolved
         finally:
             path.end()
             if self._pending is not None:
@@ -387,6 +388,7 @@ class ZerothOrder(torch.optim.Optimizer):
             displacement.batch_norms,
             {p.device for group in self.param_groups for p in group["params"]},
             self.param_groups[0]["stacking"],
+            self.param_groups[0]["unresolved"],
             self._count,
         )
 
