@@ -640,7 +640,7 @@ def evaluate(optimizer: ZerothOrder, module: nn.Module, stack: bool) -> None:
 
     for _ in range(2):
         optimizer.step(lambda: stacked(1), stacked=stacked if stack else None)
-    assert optimizer.param_groups[0]["stacking"] == ("trusted" if stack else "off")
+    assert optimizer.param_groups[0]["stacking"] == ("trusted" if stack else "untried")
 
 
 class Held:
