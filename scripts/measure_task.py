@@ -85,6 +85,12 @@ class SlowMeZO(ReleasedMeZO):
     rate = 1e-5
 
 
+class StillMeZO(ReleasedMeZO):
+    """The same with a rate of zero: whatever moves is what adding and subtracting leaves behind."""
+
+    rate = 0.0
+
+
 def geometry(**radii: float | None) -> dict[str, Any]:
     """AdaNAGED with other radii of kinds; None leaves the kind out."""
     return {"geometry": {kind: None if radius is None else {"radius": radius} for kind, radius in radii.items()}}
@@ -114,6 +120,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "embedding_radius_0": ({}, geometry(embedding=None)),
     "mezo": ({}, {}),
     "mezo_slow": ({}, {}),
+    "mezo_still": ({}, {}),
 }
 
 
@@ -126,7 +133,7 @@ def measure(variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
     elif options.get("update") is Still:
         options["update"] = Still()
     seed_everything(seed, verbose=False)
-    released = {"mezo": ReleasedMeZO, "mezo_slow": SlowMeZO}.get(variant)
+    released = {"mezo": ReleasedMeZO, "mezo_slow": SlowMeZO, "mezo_still": StillMeZO}.get(variant)
     module = CausalLMClassificationModule(args.model, optimizer=partial(released or ZerothOrder, **options))
     rule = [] if released is not None else [AdaNAGED(**adanaged)]
     data = PromptClassificationDataModule(args.task, data_dir=args.data)
