@@ -24,7 +24,7 @@ from zo_lightning.optim.interrupts import deferred_interrupt
 from zo_lightning.optim.scaling import Activity
 from zo_lightning.optim.shown import METADATA, Shown
 
-__all__ = ["Displacement"]
+__all__ = ["Displacement", "eager"]
 
 T = TypeVar("T")
 
@@ -80,6 +80,10 @@ class Displacement:
         """Names of the parameters that are moved in place, with a copy kept."""
         return [self._names[parameter] for parameter in self._in_place]
 
+    def forget(self) -> None:
+        """Be ready to :meth:`observe` another batch."""
+        self.observed = self.module is None
+
     @property
     def shown(self) -> list[nn.Parameter]:
         """The parameters that are displaced by stand-ins."""
@@ -102,7 +106,7 @@ class Displacement:
             stand_ins[parameter] = observed = _Observed.stand_in(name, parameter, 1)
             observed.plain = parameter.detach()
             observed.noted = uses.setdefault(parameter, [])
-        with self._measured(), self._swapped(stand_ins), _eager(), escapes:
+        with self._measured(), self._swapped(stand_ins), eager(), escapes:
             result = evaluate()
         self.uses = uses
         escaped = [p for p in self._names if p in escapes.found]
@@ -210,7 +214,7 @@ def warn_of(names: list[str], what: str) -> None:
         warnings.warn(f"{len(names)} parameters are {what}: {shown}", UserWarning, stacklevel=4)
 
 
-def _eager() -> contextlib.AbstractContextManager[Any]:
+def eager() -> contextlib.AbstractContextManager[Any]:
     """Compiled modules run uncompiled: a graph would hide which functions use a weight."""
     # importing torch's compiler takes seconds: nothing is compiled where nobody has
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()

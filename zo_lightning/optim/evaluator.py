@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_lightning.optim.displacement import Displacement, eager
+from zo_lightning.optim.shown.base import meetings, unrepeated
 from zo_lightning.optim.world import World
 
 __all__ = ["Evaluator", "Stacked", "is_out_of_memory"]
@@ -22,7 +24,7 @@ Stacked = Callable[[int], Any]
 Show = Callable[[Sequence[Any]], AbstractContextManager[None]]
 
 UNTRIED, TRUSTED, OFF = "untried", "trusted", "off"
-_UNRESOLVED_TRIES = 10  # comparisons that see no difference between the points, after which stacking is trusted
+_UNRESOLVED_TRIES = 10  # steps whose comparisons see no difference between the points, after which stacking is trusted
 
 
 class Evaluator:
@@ -35,10 +37,11 @@ class Evaluator:
         closure: Returns the loss of the batch, a scalar or the losses per example.
         stacked: ``stacked(copies)`` returns the losses of that many copies of the batch in one forward; or None.
         module: The module, if known, whose buffers are kept.
-        batch_norms: Those of its layers that may take statistics over the batch.
+        displacement: Knows the layers that may take statistics over the batch, and how the weights were used.
         devices: Devices whose random state is kept.
         state: ``"untried"``, ``"trusted"`` or ``"off"``: whether stacking is used, from the step before.
-        unresolved: How often the comparison has seen no difference between the points, so far.
+        unresolved: Steps so far whose comparisons have not resolved the differences between the points.
+        insist: Whether it is an error if stacking is not possible.
         count: Called with the number of batch losses that were evaluated.
     """
 
@@ -47,19 +50,20 @@ class Evaluator:
         closure: Closure,
         stacked: Stacked | None,
         module: nn.Module | None,
-        batch_norms: Sequence[nn.Module],
+        displacement: Displacement,
         devices: set[torch.device],
         state: str,
         unresolved: int,
+        insist: bool,
         count: Callable[[int], None],
     ) -> None:
         self._closure, self._stacked = closure, stacked
         self._world = World(module, devices)
-        self._module, self._batch_norms = module, batch_norms
-        self._count = count
+        self._module, self._displacement = module, displacement
+        self._count, self._insist = count, insist
         self._calls = 0
-        self.unresolved = unresolved
-        self.state = state
+        self.unresolved, self._counted = unresolved, False
+        self.state = UNTRIED if insist and state == OFF else state
         self.given = stacked is not None
 
     def one(self) -> Tensor:
@@ -79,16 +83,28 @@ class Evaluator:
         Returns:
             The losses at each point.
         """
-        if len(points) == 1 or not self.given or not stackable or self.state == OFF or self._batch_coupled():
+        if len(points) == 1 or not self.given or not stackable or self.state == OFF:
+            return self._sequential(points, show)
+        if self._batch_coupled():
+            if self._insist:
+                raise _impossible("a layer takes statistics over the batch")
             return self._sequential(points, show)
         if self.state == TRUSTED:
             losses = self._try(points, show)
             return self._sequential(points, show) if losses is None else losses
-        losses = self._sequential(points, show)
+        losses = self._sequential(points[:-1], show)
+        with meetings() as one, eager():
+            losses += self._sequential(points[-1:], show)
         if losses[0].numel() == 1:
             self._off("the loss is one number for the whole batch", quiet=True)
-        elif (stacked := self._try(points, show)) is not None:
-            self._compare(losses, stacked)
+        else:
+            # the random state stays as one evaluation leaves it
+            with self._world.kept(), meetings() as many, eager():
+                stacked = self._try(points, show)
+            if stacked is not None and (reason := unrepeated(one, many, len(points))) is not None:
+                self._off(reason)
+            elif stacked is not None:
+                self._compare(losses, stacked)
         return losses
 
     def rewind(self) -> None:
@@ -105,10 +121,10 @@ class Evaluator:
     def _try(self, points: Sequence[Any], show: Show) -> list[Tensor] | None:
         """One forward of the stacked batch, or None, with stacking off, where that is not possible."""
         assert self._stacked is not None
-        stacked = self._stacked
+        stacked, copies = self._stacked, len(points)
         try:
             with show(points):
-                losses = self._run(lambda: stacked(len(points)))
+                losses = self._run(lambda: stacked(copies))
         except Exception as error:
             if self.state == TRUSTED and not is_out_of_memory(error):
                 raise
@@ -117,13 +133,13 @@ class Evaluator:
             if losses is None:
                 self._off("the batch cannot be repeated", quiet=True)
                 return None
-            self._count(len(points))
+            self._count(copies)
             if self._world.moved():
                 self._off("the forward draws random numbers, which are to be the same for all probes", quiet=True)
                 return None
-            if losses.numel() % len(points) == 0:
-                return list(losses.reshape(len(points), -1))
-            reason = f"{len(points)} copies of the batch gave {losses.numel()} losses"
+            if losses.numel() % copies == 0:
+                return list(losses.reshape(copies, -1))
+            reason = f"{copies} copies of the batch gave {losses.numel()} losses"
         # out of the handler, so that the traceback does not keep the failed forward's tensors
         self._off(reason)
         if torch.cuda.is_available():
@@ -139,13 +155,16 @@ class Evaluator:
         noise = 32 * self._resolution() * a.abs().amax()
         spread = (a - a[:1]).abs().amax()
         error = (a - b - (a - b).mean(0)).abs().amax()
-        flags = [(a.isfinite() & b.isfinite()).all(), (a - b).abs().amax() > noise, spread > 4 * noise]
-        finite, offset, resolved, wrong = torch.stack([*flags, error > noise + 0.2 * spread]).tolist()
-        if finite and (offset or (resolved and wrong)):
+        # how far apart the two are is the measure: by it the points' differences are resolved, or they are not
+        same, other = (spread > 0) & (error <= spread / 8), (spread > 4 * noise) & (error > spread / 2)
+        flags = [(a.isfinite() & b.isfinite()).all(), (a - b).abs().amax() > noise, same, other]
+        finite, offset, same, other = torch.stack(flags).tolist()
+        if finite and (offset or other):
             self._off("the stacked batch gives other losses than its parts; examples must not depend on each other")
-        elif finite and resolved:
+        elif finite and same:
             self.state = TRUSTED
-        elif finite:
+        elif finite and not self._counted:
+            self._counted = True
             self.unresolved += 1
             self.state = TRUSTED if self.unresolved >= _UNRESOLVED_TRIES else UNTRIED
 
@@ -159,9 +178,11 @@ class Evaluator:
 
     def _batch_coupled(self) -> bool:
         """Whether a layer takes statistics over the batch."""
-        return any(norm.training or not norm.track_running_stats for norm in self._batch_norms)
+        return any(norm.training or not norm.track_running_stats for norm in self._displacement.batch_norms)
 
     def _off(self, reason: str, *, quiet: bool = False) -> None:
+        if self._insist:
+            raise _impossible(reason)
         self.state = OFF
         message = f"probes run one after the other, because {reason}"
         if quiet:
@@ -182,6 +203,10 @@ class Evaluator:
         if not isinstance(loss, Tensor):
             raise TypeError(f"the closure must return the loss as a tensor, got {type(loss).__name__}")
         return loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).reshape(-1)
+
+
+def _impossible(reason: str) -> ValueError:
+    return ValueError(f"probes='stacked' is not possible, because {reason}; use 'auto'")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,15 @@ class World:
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
         self.restore_buffers()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within this context random numbers may be drawn: afterwards the random state is what it was before."""
+        now = World(None, self._cuda)
+        try:
+            yield
+        finally:
+            now.rewind()
 
     def moved(self) -> bool:
         """Whether random numbers have been drawn since the snapshot, or since it was put back."""

@@ -339,7 +339,8 @@ class ZerothOrder(torch.optim.Optimizer):
         """
         kept = [dict(group) for group in self.param_groups]
         path = self._path
-        counts = not path.displacement.observed and not self._resumed  # as the first step would count it
+        observed = path.displacement.observed
+        resumed = self._resumed
         evaluator = self._begin(closure, stacked)
         devices = {parameter.device for parameter in self.named_parameters().values() if parameter.is_cuda}
         seconds = 0.0
@@ -355,7 +356,9 @@ class ZerothOrder(torch.optim.Optimizer):
             path.end()
             for group, before in zip(self.param_groups, kept, strict=True):
                 group.update(before)
-            self._count(int(counts))
+            if not observed:  # the first step does so, with its own batch
+                path.displacement.forget()
+                self._resumed = resumed
             if self._pending is not None:
                 self._pending.show()
         return seconds
@@ -366,17 +369,22 @@ class ZerothOrder(torch.optim.Optimizer):
         if self._pending is not None:
             self._pending.settle_others()
             self._pending.hide()
-        evaluator = self._evaluator(closure, stacked)
-        if not path.displacement.observed:
-            path.displacement.observe(evaluator.one)
-            if self._resumed:  # it was counted when the run began
-                self._resumed = False
-                self._count(-1)
-        self._measure_units()
-        path.begin()
-        if self.probes == "stacked" and not (path.stackable and evaluator.given):
-            where = "a parameter is moved in place" if evaluator.given else "the closure has no stacked form"
-            raise ValueError(f"probes='stacked' is not possible: {where}; use 'auto'")
+        try:
+            evaluator = self._evaluator(closure, stacked)
+            if not path.displacement.observed:
+                path.displacement.observe(evaluator.one)
+                if self._resumed:  # it was counted when the run began
+                    self._resumed = False
+                    self._count(-1)
+            self._measure_units()
+            path.begin()
+            if self.probes == "stacked" and not (path.stackable and evaluator.given):
+                where = "a parameter is moved in place" if evaluator.given else "the closure has no stacked form"
+                raise ValueError(f"probes='stacked' is not possible, because {where}; use 'auto'")
+        except BaseException:
+            if self._pending is not None:
+                self._pending.show()
+            raise
         return evaluator
 
     def _evaluator(self, closure: Closure, stacked: Stacked | None) -> Evaluator:
@@ -385,10 +393,11 @@ class ZerothOrder(torch.optim.Optimizer):
             closure,
             None if self.probes == "sequential" else stacked,
             self._module,
-            displacement.batch_norms,
+            displacement,
             {p.device for group in self.param_groups for p in group["params"]},
             self.param_groups[0]["stacking"],
             self.param_groups[0]["unresolved"],
+            self.probes == "stacked",
             self._count,
         )
 

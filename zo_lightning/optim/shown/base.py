@@ -10,14 +10,14 @@ each part sees a displacement of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["METADATA", "NotStackableError", "Shown", "as_they_are", "divided"]
+__all__ = ["METADATA", "NotStackableError", "Shown", "as_they_are", "divided", "meetings", "unrepeated"]
 
 METADATA = {
     getattr(Tensor, name).__get__
@@ -52,6 +52,8 @@ class Shown(Tensor):
     plain: Tensor
     label: str
     parts: int
+    met: ClassVar[list[tuple[str, list[torch.Size]]] | None] = None
+    """Where it is a list, every use adds the weight's name and the shapes of what it meets there."""
     handlers: ClassVar[dict[Any, Callable[..., Any]]] = {}
     """What a kind of shown weight does in a function; anything else forms the displaced weight."""
 
@@ -75,6 +77,8 @@ class Shown(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if Shown.met is not None:
+            Shown.met.append(_met(args, kwargs))
         handler = cls.handlers.get(func)
         if handler is not None:
             if torch.is_grad_enabled():  # by the closure: there is nothing to differentiate
@@ -114,3 +118,39 @@ def as_they_are(x: Tensor) -> AbstractContextManager[Any]:
     """Keep autocast from rounding what is computed in float32 here; a form that costs nothing without it."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _met(args: Any, kwargs: Any) -> tuple[str, list[torch.Size]]:
+    values = [*args, *kwargs.values()]
+    label = next((v.label for v in values if isinstance(v, Shown)), "a weight")
+    return label, [v.shape for v in values if isinstance(v, Tensor) and not isinstance(v, Shown)]
+
+
+@contextmanager
+def meetings() -> Iterator[list[tuple[str, list[torch.Size]]]]:
+    """Within this context the list holds what displaced weights have met."""
+    Shown.met = []
+    try:
+        yield Shown.met
+    finally:
+        Shown.met = None
+
+
+def unrepeated(one: list[tuple[str, list[torch.Size]]], many: list[tuple[str, list[torch.Size]]], copies: int) -> str | None:
+    """The first weight that meets nothing whose first dimension (of those longer than 1) holds so many copies."""
+    if len(one) != len(many):
+        return "the forward of several copies of the batch takes another course"
+    for (label, singles), (_, stacks) in zip(one, many, strict=True):
+        if not any(_repeats(a, b, copies) for a, b in zip(singles, stacks, strict=False)):
+            return f"{label} meets activations of shape {[tuple(b) for b in stacks]}, which do not hold {copies} batches"
+    return None
+
+
+def _repeats(one: torch.Size, many: torch.Size, copies: int) -> bool:
+    if len(one) != len(many):
+        return False
+    for a, b in zip(one, many, strict=True):
+        if a != b:
+            i = next(i for i in range(len(one)) if one[i] != many[i])
+            return b == copies * a and all(d == 1 for d in one[:i]) and one[i + 1 :] == many[i + 1 :]
+    return False

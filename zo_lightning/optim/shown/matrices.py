@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zo_lightning.optim.precision import no_autocast
-from zo_lightning.optim.shown.base import Shown, as_they_are, divided
+from zo_lightning.optim.shown.base import NotStackableError, Shown, as_they_are, divided
 from zo_lightning.optim.shown.dense import ShownDense
 from zo_lightning.optim.shown.vectors import ShownVector, spread
 
@@ -81,6 +81,8 @@ def _outer(bias: Tensor | None, inner: Tensor, left: Tensor, dtype: torch.dtype)
 def _bias_for(bias: Tensor | None, wide: torch.dtype) -> Tensor | None:
     """A bias for activations (parts, N, m)."""
     if isinstance(bias, Shown) and not isinstance(bias, ShownVector):
+        if bias.parts > 1:
+            raise NotStackableError(f"{bias.label} is used as a bias, which takes one weight for the whole batch")
         bias = bias.value()
     return None if bias is None else spread(bias, 1).detach().to(wide)
 

@@ -90,7 +90,7 @@ def _elementwise(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
         y = divided(other, vector.parts, vector.label) if vector.parts > 1 else other.unsqueeze(0)
         values = spread(vector, max(y.dim() - 1 - vector.dim(), 0))
         result = func(y, values) if vector is second else func(values, y)
-        return result.to(dtype).reshape(other.shape if vector.parts > 1 else result.shape[1:])
+        return result.to(dtype).flatten(0, 1) if vector.parts > 1 else result.to(dtype).squeeze(0)
 
     return answer
 
