@@ -130,21 +130,11 @@ def compare(compiled: Run, plain: Run) -> None:
     assert compiled.graphs[-1] == compiled.graphs[SETTLED - 1] > 0
 
 
-def expected_failure(model: str, probes: str) -> list[pytest.MarkDecorator]:
-    if model == "elementwise":
-        reason = "torch.result_type in _elementwise breaks the graph where dynamo cannot go on"
-    elif probes == "stacked":
-        reason = "dynamo reads is_mkldnn, _base and other metadata of a stand-in, which METADATA does not have"
-    else:
-        return []
-    return [pytest.mark.xfail(strict=True, reason=reason)]
-
-
 @pytest.mark.parametrize("how", COMPILED)
 @pytest.mark.parametrize(("backend", "rank"), [("eager", 1), ("aot_eager", 2)])
 @pytest.mark.parametrize(
     ("model", "probes"),
-    [pytest.param(m, p, marks=expected_failure(m, p)) for m, p in product(MODELS, ["sequential", "stacked"])],
+    list(product(MODELS, ["sequential", "stacked"])),
 )
 def test_low_rank_steps_are_those_of_the_uncompiled_module(how, backend, rank, model, probes):
     case, stack = MODELS[model], probes == "stacked"
@@ -162,7 +152,6 @@ def test_low_rank_steps_are_those_of_the_uncompiled_module(how, backend, rank, m
     ("how", "directions", "probes"),
     [("torch.compile", "gaussian", "sequential"), ("module.compile", "rademacher", "stacked")],
 )
-@pytest.mark.xfail(strict=True, reason="dynamo goes into the drawing of dense directions, and fails at its graph breaks")
 def test_dense_steps_are_those_of_the_uncompiled_module(how, directions, probes):
     case, stack = MODELS["elementwise"], probes == "stacked"
     module, plain = case.module(), case.module()

@@ -199,6 +199,5 @@ def test_directions_are_in_registers_where_they_can_be(taken, name, dtype, probe
         assert registers["calls"] == ({} if name == "lmo gaussian sign" else {"update_": written, "displace": 2 * formed})
 
 
-@pytest.mark.xfail(strict=True, reason="_Direction._blocks takes len() of the parameter, which a 0-d tensor does not have")
 def test_parameters_without_a_dimension_take_steps_too(taken):
     assert isinstance(taken["scalar"], float), taken["scalar"]

@@ -142,7 +142,6 @@ def look(module: nn.Module) -> list[Tensor]:
         return [seen, again, mean(copied), mean(loaded), functional_call(module, {}, (IDS,)).mean()]
 
 
-@pytest.mark.xfail(strict=True, reason="the flat tensors are made where the first step is, and then cannot be written outside")
 def test_a_first_step_in_inference_mode_does_not_bind_the_others():
     module, twin = mixed(), mixed()
     optimizer, other = optimizer_of(module), optimizer_of(twin)
@@ -655,12 +654,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(dtype, settings, at):
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(
-            {},
-            marks=pytest.mark.xfail(
-                strict=True, reason="the state holds V only with momentum, and the next interval's is drawn"
-            ),
-        ),
+        {},
         {"momentum": 0.5},
     ],
     ids=["plain", "momentum"],
@@ -711,7 +705,6 @@ def pair() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 
 
-@pytest.mark.xfail(strict=True, reason="torch puts the checkpoint's param_names into the groups before they are compared")
 def test_a_checkpoint_of_other_parameters_is_refused():
     module, other = pair(), Renamed()
     optimizer = optimizer_of(module)
@@ -720,7 +713,6 @@ def test_a_checkpoint_of_other_parameters_is_refused():
         optimizer_of(other).load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.xfail(strict=True, reason="torch takes parameters by position and names from the checkpoint")
 def test_a_checkpoint_of_parameters_in_another_order_does_not_swap_them():
     module, other = pair(), pair()
     optimizer = optimizer_of(module)
@@ -969,10 +961,7 @@ def failing() -> Tensor:
     [
         {"seed": 5},
         {"num_directions": 2},
-        pytest.param(
-            {"radius": 0.3},
-            marks=pytest.mark.xfail(strict=True, reason="what was drawn ahead is known by its seed and step alone"),
-        ),
+        {"radius": 0.3},
     ],
     ids=["seed", "num_directions", "radius"],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from zo_lightning.optim import kernels
 from zo_lightning.optim.directions import Dense, Factors, block_rows, matrix_shape
+from zo_lightning.optim.displacement import eager
 from zo_lightning.optim.geometry import Geometry
 from zo_lightning.optim.path import Path, Point, geometry_of, group_scale
 from zo_lightning.optim.precision import no_autocast
@@ -39,6 +41,12 @@ class DensePath(Path):
         """See :meth:`Path.end`."""
         self._scaled: dict[int, Scales] = {}
         self._places = {p: (index, geometry, name, unit) for index, geometry, name, p, unit in self.setting.members()}
+
+    @contextmanager
+    def show(self, points: Sequence[Point]) -> Iterator[None]:
+        """See :meth:`Path.show`; uncompiled, since a graph would break wherever a direction is drawn."""
+        with eager(), super().show(points):
+            yield
 
     def stand_ins(self, points: Sequence[Point]) -> Mapping[nn.Parameter, Shown]:
         """See :meth:`Path.stand_ins`."""
@@ -171,7 +179,8 @@ class _Direction(Drawn):
         setting, (_, geometry, name, _) = path.setting, path.place(parameter)
         self._address = setting.address(name, query)
         self._multiple = setting.update.multiple(setting.directions, geometry)
-        fits = parameter.is_contiguous() and parameter.dtype in kernels.DTYPES and isinstance(setting.directions, Dense)
+        fits = parameter.dim() > 0 and parameter.is_contiguous() and parameter.dtype in kernels.DTYPES
+        fits = fits and isinstance(setting.directions, Dense)
         self.in_registers = fits and self._multiple is not None and kernels.available(parameter.device)
 
     def pieces(self) -> Iterator[tuple[int, int, Tensor]]:

@@ -92,15 +92,13 @@ def flat_direction(
     geometries: Sequence[Geometry],
     units: Sequence[float],
     setting: Setting,
-    step: int,
+    seed_and_step: tuple[int, int],
     query: int,
     right: Tensor | None = None,
 ) -> Tensor:
     """U of all parameters in one float32 tensor on the CPU, after the geometry; a pure function of its arguments."""
-    seed = setting.head["seed"]
-    drawn = [
-        setting.directions.draw(Address(seed, step, p.name, query), p.parameter.shape, torch.device("cpu")) for p in places
-    ]
+    (seed, step), cpu = seed_and_step, torch.device("cpu")
+    drawn = [setting.directions.draw(Address(seed, step, p.name, query), p.parameter.shape, cpu) for p in places]
     members: dict[int, list[Tensor | Factors]] = {}
     for place, z in zip(places, drawn, strict=True):
         members.setdefault(place.group, []).append(z)
@@ -118,6 +116,9 @@ def flat_direction(
     return flat
 
 
+_Key = tuple[int, int, list[Geometry], list[float]]
+
+
 class Ahead:
     """Draws the next step's directions in a thread while the device computes the present one's losses.
 
@@ -128,27 +129,33 @@ class Ahead:
     def __init__(self, pin: bool) -> None:
         self._pin = pin
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="directions")
-        self._key: tuple[int, int] | None = None
+        self._key: _Key | None = None
         self._future: Future[list[Tensor]] | None = None
 
     def start(self, places: Sequence[Place], setting: Setting) -> None:
         """Begin with the directions of the step after the coming one, unless they are under way."""
-        head = setting.head
-        step, count = head["step"] + 1, head["num_directions"]
-        if self._key == (head["seed"], step):
+        step, count = setting.head["step"] + 1, setting.head["num_directions"]
+        key = self._key_of(setting, step)
+        if self._key == key:
             return
-        geometries, units = [geometry_of(group) for group in setting.groups], [unit for *_, unit in setting.members()]
+        seed, _, geometries, units = key
 
         def draw() -> list[Tensor]:
-            flats = [flat_direction(places, geometries, units, setting, step, query) for query in range(count)]
+            flats = [flat_direction(places, geometries, units, setting, (seed, step), query) for query in range(count)]
             return [flat.pin_memory() for flat in flats] if self._pin else flats
 
-        self._key, self._future = (head["seed"], step), self._worker.submit(draw)
+        self._key, self._future = key, self._worker.submit(draw)
 
     def take(self, setting: Setting) -> list[Tensor]:
         """The directions of the coming step, if they have been drawn; else none."""
-        if self._future is None or self._key != (setting.head["seed"], setting.head["step"]):
+        if self._future is None or self._key != self._key_of(setting, setting.head["step"]):
             return []
         flats = self._future.result()
         self._key = self._future = None
         return flats
+
+    @staticmethod
+    def _key_of(setting: Setting, step: int) -> _Key:
+        """All that the directions of a step are a function of and that others may change."""
+        geometries = [geometry_of(group) for group in setting.groups]
+        return setting.head["seed"], step, geometries, [unit for *_, unit in setting.members()]

@@ -148,7 +148,9 @@ class LowRankPath(Path):
     def _draw(self, query: int, right: Tensor | None = None) -> Tensor:
         """The flat left factors of a direction, on the CPU; ``right`` is filled with the right ones."""
         geometries = [geometry_of(group) for group in self.setting.groups]
-        return flat_direction(self._places, geometries, self._units(), self.setting, self.setting.head["step"], query, right)
+        head = self.setting.head
+        at = (head["seed"], head["step"])
+        return flat_direction(self._places, geometries, self._units(), self.setting, at, query, right)
 
     def _units(self) -> list[float]:
         return [unit for *_, unit in self.setting.members()]
@@ -360,9 +362,10 @@ class LowRankPath(Path):
             state["scales"] = list(self._scales)
             state["unfolded"] = {place.name: _saved(place.parameter.detach()) for place in self._places}
         if self._momentum is not None:
-            assert self._right is not None
             state["momentum"] = {place.name: _saved(place.left(self._momentum)) for place in self._places}
-            # V of the interval that the momentum belongs to: at the end of one the next has not been drawn yet
+        if self.dirty or self._momentum is not None:
+            assert self._right is not None
+            # V of the interval that they belong to: at the end of one the next has not been drawn yet
             state["right"] = {place.name: _saved(place.right(self._right)) for place in self._places if place.rank}
             state["window"] = None if self._window is None else list(self._window)
         return state
@@ -389,12 +392,11 @@ class LowRankPath(Path):
         if "momentum" in state:
             self._momentum = torch.zeros_like(self._pending)
             self._fill(self._momentum, state["momentum"])
+        if "right" in state:
             for place in self._places:
                 if place.rank:
                     place.right(self._right).copy_(state["right"][place.name])
             self._window = None if state["window"] is None else (int(state["window"][0]), int(state["window"][1]))
-        if self.dirty:
-            self._turn()
 
     def _fill(self, flat: Tensor, parts: Mapping[str, Tensor]) -> None:
         names = {place.name for place in self._places}

@@ -241,13 +241,15 @@ class ZerothOrder(torch.optim.Optimizer):
         """Load a state; a step rule given to the constructor is loaded too.
 
         Raises:
-            ValueError: If the state was made with other directions, under which the run could not go on as it was.
+            ValueError: If the state was made with other directions, or of other parameters, under which the run could not go on
+                as it was.
         """
         state = dict(state_dict)
         rule, path = state.pop("step_rule", None), state.pop("path", {})
         theirs, ours = state["param_groups"][0].get("directions"), self.directions.signature()
         if theirs != ours:
             raise ValueError(f"the checkpoint was made with directions {theirs}, this run has {ours}; use the same ones")
+        self._check_names(state["param_groups"])
         super().load_state_dict(state)
         self._resumed = self.step_index > 0
         # torch casts floating-point state to the parameter's dtype: that loses bits of the buffers of half-precision weights
@@ -263,6 +265,14 @@ class ZerothOrder(torch.optim.Optimizer):
             self._pending.hide()
             self._pending.show()
 
+    def _check_names(self, groups: list[dict[str, Any]]) -> None:
+        """Torch would take the state by position, and the names from the checkpoint."""
+        ours, theirs = ([group.get("param_names", []) for group in gs] for gs in (self.param_groups, groups))
+        if ours != theirs:
+            odd = sorted({name for group in ours for name in group} ^ {name for group in theirs for name in group})
+            what = f"is of other parameters: {', '.join(odd[:3])}" if odd else "has the parameters in another order or grouping"
+            raise ValueError(f"the checkpoint {what}; make the optimizer as the checkpoint's was")
+
     def state_dict(self) -> dict[str, Any]:
         """The state of ``torch.optim.Optimizer`` plus the step rule's and the pending update's."""
         state = super().state_dict()
@@ -273,6 +283,7 @@ class ZerothOrder(torch.optim.Optimizer):
         return state
 
     # ---- the step ------------------------------------------------------------------------------------------------------
+    @torch.inference_mode(False)  # what is made here is written again by later steps
     @torch.no_grad()
     def step(self, closure: Closure | None = None, *, stacked: Stacked | None = None) -> Tensor:  # type: ignore[override]
         """Probe, and move the parameters once.

@@ -23,13 +23,38 @@ METADATA = {
     getattr(Tensor, name).__get__
     for name in (
         *("device", "dtype", "grad", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mps", "is_nested", "is_quantized"),
-        *("is_sparse", "is_xpu", "itemsize", "layout", "names", "nbytes", "ndim", "requires_grad", "shape"),
+        *(
+            "grad_dtype",
+            "is_mkldnn",
+            "is_sparse",
+            "is_xpu",
+            "itemsize",
+            "layout",
+            "names",
+            "nbytes",
+            "ndim",
+            "requires_grad",
+            "shape",
+        ),
     )
     if hasattr(getattr(Tensor, name, None), "__get__")
 } | {
     getattr(Tensor, name)
     for name in (
-        *("__hash__", "__len__", "dim", "element_size", "get_device", "is_complex", "is_contiguous"),
+        *(
+            "__hash__",
+            "__len__",
+            "_is_view",
+            "is_conj",
+            "is_neg",
+            "storage_offset",
+            "untyped_storage",
+            "dim",
+            "element_size",
+            "get_device",
+            "is_complex",
+            "is_contiguous",
+        ),
         *("is_floating_point", "nelement", "numel", "size", "stride"),
     )
 }
@@ -60,9 +85,8 @@ class Shown(Tensor):
     @classmethod
     def stand_in(cls, name: str, plain: Tensor, parts: int) -> Any:
         """A tensor of ``plain``'s storage that stands for it."""
-        shown = plain.detach().as_subclass(cls)
-        with torch._C.DisableTorchFunctionSubclass():
-            shown.requires_grad_(plain.requires_grad)
+        # as nn.Parameter is made: no view, whose base torch.compile would look at
+        shown = torch.Tensor._make_subclass(cls, plain.data, plain.requires_grad)
         shown.plain, shown.label, shown.parts = plain, name, parts
         return shown
 

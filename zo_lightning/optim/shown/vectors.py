@@ -78,6 +78,13 @@ def _rms_norm(
     return scaled.to(normal.dtype).reshape(normal.shape)
 
 
+def _result_type(other: Tensor, vector: Tensor) -> torch.dtype:
+    """``torch.result_type``, which torch.compile does not know: a scalar does not count beside a tensor with dimensions."""
+    if other.is_floating_point() and bool(other.dim()) != bool(vector.dim()):
+        return other.dtype if other.dim() else vector.dtype
+    return torch.promote_types(other.dtype, vector.dtype)
+
+
 def _elementwise(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function of a vector and activations of which the vector broadcasts over the last dimensions."""
 
@@ -86,7 +93,7 @@ def _elementwise(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
         usable = isinstance(vector, ShownVector) and isinstance(other, Tensor) and not isinstance(other, Shown)
         if not usable or kwargs or (vector.parts > 1 and other.dim() <= vector.dim()):
             return NotImplemented
-        dtype = torch.result_type(other, vector.plain)
+        dtype = _result_type(other, vector)
         y = divided(other, vector.parts, vector.label) if vector.parts > 1 else other.unsqueeze(0)
         values = spread(vector, max(y.dim() - 1 - vector.dim(), 0))
         result = func(y, values) if vector is second else func(values, y)
