@@ -90,6 +90,12 @@ class Geometry(ABC):
             The same kind as ``z``, times ``radius``.
         """
 
+    def extreme_point_(self, z: Tensor) -> Tensor:
+        """:meth:`extreme_point` of a geometry that is not coupled, for a z whose memory may serve for the result."""
+        point = self.extreme_point(z)
+        assert isinstance(point, Tensor)
+        return point
+
     def coupling(self, sum_of_squares: Tensor) -> Tensor:
         """What a coupled oracle needs to know of its group: one over its Euclidean norm (zero for a zero group)."""
         return torch.where(sum_of_squares > 0, sum_of_squares.rsqrt(), torch.zeros_like(sum_of_squares))
@@ -160,6 +166,10 @@ class Sign(Geometry):
         if isinstance(z, Factors):  # rank one only: sign(u vᵀ) = sign(u) sign(v)ᵀ
             return Factors(z.left.sign() * self.radius, z.right.sign())
         return z.sign() if self.radius == 1 else z.sign() * self.radius
+
+    def extreme_point_(self, z: Tensor) -> Tensor:
+        """See :meth:`Geometry.extreme_point_`."""
+        return z.sign_() if self.radius == 1 else z.sign_().mul_(self.radius)
 
     def accepts(self, directions: Directions, shape: torch.Size) -> str | None:
         """See :meth:`Geometry.accepts`."""

@@ -35,6 +35,12 @@ class Update(ABC):
             scale: One over the Euclidean norm of z over the group, where the directions or the geometry are coupled.
         """
 
+    def probe_(self, z: Tensor, geometry: Geometry, scale: Tensor | None) -> Tensor:
+        """:meth:`probe` of a dense z whose memory may serve for the result."""
+        u = self.probe(z, geometry, scale)
+        assert isinstance(u, Tensor)
+        return u
+
     @abstractmethod
     def multiple(self, directions: Directions, geometry: Geometry) -> float | None:
         """The number f for which the probe is f times z whatever z, or None if there is none."""
@@ -60,6 +66,10 @@ class LMO(Update):
     def probe(self, z: Tensor | Factors, geometry: Geometry, scale: Tensor | None) -> Tensor | Factors:
         """See :meth:`Update.probe`."""
         return geometry.extreme_point(z, scale)
+
+    def probe_(self, z: Tensor, geometry: Geometry, scale: Tensor | None) -> Tensor:
+        """See :meth:`Update.probe_`."""
+        return super().probe_(z, geometry, scale) if geometry.coupled else geometry.extreme_point_(z)
 
     def multiple(self, directions: Directions, geometry: Geometry) -> float | None:
         """See :meth:`Update.multiple`; the sign of ±1 is itself."""
