@@ -230,8 +230,10 @@ def test_bugs_keep_their_traceback(options, monkeypatch):
 
 
 def test_value_errors_from_deep_inside_keep_their_traceback(options, monkeypatch):
+    # torch.compile, where an earlier test has used it, turns the validation of distributions off
     monkeypatch.setattr(
-        "zo_lightning.modules.CausalLMClassificationModule.loss", lambda self, batch: torch.distributions.Normal(torch.nan, 1)
+        "zo_lightning.modules.CausalLMClassificationModule.loss",
+        lambda self, batch: torch.distributions.Normal(torch.nan, 1, validate_args=True),
     )
     with pytest.raises(ValueError, match="constraint"):
         main(["fit", *options])
