@@ -13,7 +13,7 @@ from zo_lightning.optim import kernels
 from zo_lightning.optim.directions import Dense, Factors, block_rows, matrix_shape
 from zo_lightning.optim.displacement import eager
 from zo_lightning.optim.geometry import Geometry
-from zo_lightning.optim.path import Path, Point, geometry_of, group_scale
+from zo_lightning.optim.path import Path, Point, geometry_of, sum_of_squares
 from zo_lightning.optim.precision import no_autocast
 from zo_lightning.optim.randomness import generator
 from zo_lightning.optim.rounding import write_rounded
@@ -109,12 +109,13 @@ class DensePath(Path):
         A pre-pass over the group's directions, made once for both probes and the update of a step.
         """
         if query not in self._scaled:
-            squares: dict[int, list[Tensor]] = {}
+            members: dict[int, list[tuple[nn.Parameter, str]]] = {}
             for parameter, (index, geometry, name, _) in self._places.items():
                 if self.setting.needs_scale(geometry):
-                    z = self._z(parameter, name, query)
-                    squares.setdefault(index, []).append((z.left if isinstance(z, Factors) else z).square().sum().sqrt())
-            self._scaled[query] = {index: group_scale(parts) for index, parts in squares.items()}
+                    members.setdefault(index, []).append((parameter, name))
+            self._scaled[query] = {
+                index: sum_of_squares(self._z(p, name, query) for p, name in pairs).rsqrt() for index, pairs in members.items()
+            }
         return self._scaled[query]
 
     # ---- the update ----------------------------------------------------------------------------------------------------
@@ -129,9 +130,8 @@ class DensePath(Path):
             scale = None
             if not simple and geometry.coupled and update.normalised:
                 # the oracle needs the norm of the whole group's estimate: a pre-pass
-                norms = [self._estimate(p, group, slopes, store=False).square().sum().sqrt() for p in group["params"]]
-                scale = group_scale(norms)
-                scale = torch.where(scale.isfinite(), scale, torch.zeros_like(scale))
+                estimates = (self._estimate(p, group, slopes, store=False) for p in group["params"])
+                scale = geometry.coupling(sum_of_squares(estimates))
             for parameter in group["params"]:
                 unit = self._places[parameter][3]
                 decay = 1 - lr * group["weight_decay"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zo_lightning.optim.directions import Address, Factors, LowRank, matrix_shape
 from zo_lightning.optim.geometry import Geometry
-from zo_lightning.optim.path import Setting, geometry_of, group_scale
+from zo_lightning.optim.path import Setting, geometry_of, sum_of_squares
 
 __all__ = ["Ahead", "Place", "device_of", "flat_direction", "places_of"]
 
@@ -102,7 +102,7 @@ def flat_direction(
     members: dict[int, list[Tensor | Factors]] = {}
     for place, z in zip(places, drawn, strict=True):
         members.setdefault(place.group, []).append(z)
-    scales = {g: group_scale(zs) for g, zs in members.items() if setting.needs_scale(geometries[g])}
+    scales = {g: sum_of_squares(zs).rsqrt() for g, zs in members.items() if setting.needs_scale(geometries[g])}
     flat = torch.empty(places[-1].stop, dtype=torch.float32 if right is None else right.dtype)
     for place, unit, z in zip(places, units, drawn, strict=True):
         u = setting.update.probe(z, geometries[place.group], scales.get(place.group))

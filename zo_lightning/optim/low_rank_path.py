@@ -19,7 +19,7 @@ from zo_lightning.optim.directions import Directions, Factors, LowRank
 from zo_lightning.optim.displacement import Displacement, warn_of
 from zo_lightning.optim.flat import Ahead, Place, device_of, flat_direction, places_of
 from zo_lightning.optim.geometry import Geometry
-from zo_lightning.optim.path import Path, Point, Setting, geometry_of, group_scale
+from zo_lightning.optim.path import Path, Point, Setting, geometry_of, sum_of_squares
 from zo_lightning.optim.precision import no_autocast
 from zo_lightning.optim.randomness import generator
 from zo_lightning.optim.rounding import round_stochastically
@@ -291,8 +291,7 @@ class LowRankPath(Path):
         ]
         scale = None
         if geometry.coupled and self.setting.update.normalised:
-            scale = group_scale(parts)
-            scale = torch.where(scale.isfinite(), scale, torch.zeros_like(scale))
+            scale = geometry.coupling(sum_of_squares(parts))
         for (place, unit), part in zip(members, parts, strict=True):
             step = self.setting.update.step(part, geometry, scale)
             move = step.left.T if isinstance(step, Factors) else step

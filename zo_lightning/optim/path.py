@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -136,13 +136,13 @@ class Path(ABC):
         """A step is over, or was given up: drop what was kept of its directions."""
 
 
-def group_scale(parts: Sequence[Tensor | Factors]) -> Tensor:
-    """One over the Euclidean norm of a direction's parts together (of factors: V is orthonormal, so U's)."""
-    squares = [(z.left if isinstance(z, Factors) else z).square().sum() for z in parts]
+def sum_of_squares(parts: Iterable[Tensor | Factors]) -> Tensor:
+    """The squared Euclidean norm of a direction's parts together (of factors: V is orthonormal, so U's)."""
+    squares = [(z.left if isinstance(z, Factors) else z).square().sum() for z in parts]  # one by one: parts may be drawn here
     total = squares[0]
     for square in squares[1:]:
         total = total + square.to(total.device)
-    return total.rsqrt()
+    return total
 
 
 def geometry_of(group: dict[str, Any]) -> Geometry:

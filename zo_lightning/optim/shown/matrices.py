@@ -122,6 +122,17 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return (y.view(parts, -1, y.shape[-1]) + spread(bias, 1)).to(y.dtype).view(y.shape)
 
 
+def _times(x: Tensor, weight: ShownMatrix, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """``bias + x W`` for a weight stored (in, out): ``x (s W + L Vᵀ) = s x W + (x L) Vᵀ``."""
+
+    def start(dtype: torch.dtype) -> Tensor:
+        inner = _projected(x.to(dtype), weight.left.transpose(1, 2), weight.parts)
+        wide = weight.left.dtype
+        return _outer(_bias_for(bias, wide), inner, weight.right.T.unsqueeze(0).to(wide), dtype)
+
+    return _affine(x, weight.plain.detach(), start, weight.scale, shape)
+
+
 def _addmm(
     input: Tensor,
     mat1: Tensor,
@@ -134,13 +145,7 @@ def _addmm(
     if isinstance(mat1, Shown) or beta != 1 or alpha != 1:
         return NotImplemented
     if isinstance(mat2, ShownMatrix) and mat2.dim() == 2 and mat1.shape[0] % mat2.parts == 0:
-        # x (W + L Vᵀ) = x W + (x L) Vᵀ
-        def start(dtype: torch.dtype) -> Tensor:
-            inner = _projected(mat1.to(dtype), mat2.left.transpose(1, 2), mat2.parts)
-            bias = _bias_for(input, mat2.left.dtype)
-            return _outer(bias, inner, mat2.right.T.unsqueeze(0).to(mat2.left.dtype), dtype)
-
-        return _affine(mat1, mat2.plain.detach(), start, mat2.scale, mat1.shape[:1])
+        return _times(mat1, mat2, input, mat1.shape[:1])
     if isinstance(mat2, Shown) or not isinstance(input, ShownVector) or input.parts == 1:
         return NotImplemented
     return _linear(mat1, mat2.T, input)
@@ -155,12 +160,7 @@ def _matmul(first: Any, second: Any) -> Tensor:
         flat = first.reshape(-1, first.shape[-1])
         if flat.shape[0] % second.parts:
             return NotImplemented
-
-        def start(dtype: torch.dtype) -> Tensor:
-            inner = _projected(flat.to(dtype), second.left.transpose(1, 2), second.parts)
-            return _outer(None, inner, second.right.T.unsqueeze(0).to(second.left.dtype), dtype)
-
-        return _affine(flat, second.plain.detach(), start, second.scale, first.shape[:-1])
+        return _times(flat, second, None, first.shape[:-1])
     return NotImplemented
 
 
