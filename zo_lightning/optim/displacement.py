@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from zo_lightning.optim.interrupts import deferred_interrupt
 from zo_lightning.optim.scaling import Activity
 from zo_lightning.optim.shown import METADATA, Shown
+from zo_lightning.optim.shown.base import replaced
 
 __all__ = ["Displacement", "eager"]
 
@@ -83,12 +84,6 @@ class Displacement:
     def forget(self) -> None:
         """Be ready to :meth:`observe` another batch."""
         self.observed = self.module is None
-
-    @property
-    def shown(self) -> list[nn.Parameter]:
-        """The parameters that are displaced by stand-ins."""
-        hidden = set(self._in_place)
-        return [parameter for parameter in self._names if parameter not in hidden]
 
     def observe(self, evaluate: Callable[[], T]) -> T:
         """Evaluate at the weights as they are, eagerly, and find out how each parameter is used.
@@ -231,16 +226,13 @@ class _Observed(Shown):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        return func(*(_noted(value, func) for value in args), **{key: _noted(value, func) for key, value in kwargs.items()})
 
+        def note(weight: Any) -> Tensor:
+            weight.noted.append(func)
+            plain: Tensor = weight.plain
+            return plain
 
-def _noted(value: Any, func: Any) -> Any:
-    if isinstance(value, _Observed):
-        value.noted.append(func)
-        return value.plain
-    if type(value) in (list, tuple):
-        return type(value)(_noted(item, func) for item in value)
-    return value
+        return func(*replaced(args, note), **{key: replaced(value, note) for key, value in kwargs.items()})
 
 
 class _Escapes(TorchFunctionMode):

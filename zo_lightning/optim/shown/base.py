@@ -10,54 +10,26 @@ each part sees a displacement of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["METADATA", "NotStackableError", "Shown", "as_they_are", "divided", "meetings", "unrepeated"]
+__all__ = ["METADATA", "NotStackableError", "Shown", "as_they_are", "divided", "meetings", "replaced", "unrepeated"]
 
-METADATA = {
-    getattr(Tensor, name).__get__
-    for name in (
-        *("device", "dtype", "grad", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mps", "is_nested", "is_quantized"),
-        *(
-            "grad_dtype",
-            "is_mkldnn",
-            "is_sparse",
-            "is_xpu",
-            "itemsize",
-            "layout",
-            "names",
-            "nbytes",
-            "ndim",
-            "requires_grad",
-            "shape",
-        ),
-    )
-    if hasattr(getattr(Tensor, name, None), "__get__")
-} | {
-    getattr(Tensor, name)
-    for name in (
-        *(
-            "__hash__",
-            "__len__",
-            "_is_view",
-            "is_conj",
-            "is_neg",
-            "storage_offset",
-            "untyped_storage",
-            "dim",
-            "element_size",
-            "get_device",
-            "is_complex",
-            "is_contiguous",
-        ),
-        *("is_floating_point", "nelement", "numel", "size", "stride"),
-    )
-}
+_PROPERTIES = """
+    device dtype grad grad_dtype is_cpu is_cuda is_leaf is_meta is_mkldnn
+    is_mps is_nested is_quantized is_sparse is_xpu itemsize layout names nbytes
+    ndim requires_grad shape
+"""
+_METHODS = """
+    __hash__ __len__ _is_view dim element_size get_device is_complex is_conj is_contiguous
+    is_floating_point is_neg nelement numel size storage_offset stride untyped_storage
+"""
+METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split() if hasattr(getattr(Tensor, name, None), "__get__")}
+METADATA |= {getattr(Tensor, name) for name in _METHODS.split()}
 """Functions that read no values."""
 
 
@@ -112,23 +84,23 @@ class Shown(Tensor):
                 result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        return func(*_formed(args, func), **dict(zip(kwargs, _formed(kwargs.values(), func), strict=True)))
 
-
-def _formed(values: Iterable[Any], func: Any) -> list[Any]:
-    """``values`` with the displaced weights formed; lists and tuples are looked into."""
-    result = []
-    for value in values:
-        if isinstance(value, Shown):
-            if value.parts > 1:
+        def form(weight: Shown) -> Tensor:
+            if weight.parts > 1:
                 label = getattr(func, "__name__", str(func))
-                raise NotStackableError(f"{value.label} is used by {label}, which takes one weight for the whole batch")
-            result.append(value.value())
-        elif type(value) in (list, tuple):
-            result.append(type(value)(_formed(value, func)))
-        else:
-            result.append(value)
-    return result
+                raise NotStackableError(f"{weight.label} is used by {label}, which takes one weight for the whole batch")
+            return weight.value()
+
+        return func(*replaced(args, form), **{key: replaced(value, form) for key, value in kwargs.items()})
+
+
+def replaced(value: Any, by: Callable[[Any], Tensor]) -> Any:
+    """``value`` with what ``by`` gives in place of the stand-ins; lists and tuples are looked into."""
+    if isinstance(value, Shown):
+        return by(value)
+    if type(value) in (list, tuple):
+        return type(value)([replaced(item, by) for item in value])
+    return value
 
 
 def divided(x: Tensor, parts: int, what: str) -> Tensor:
@@ -173,8 +145,7 @@ def unrepeated(one: list[tuple[str, list[torch.Size]]], many: list[tuple[str, li
 def _repeats(one: torch.Size, many: torch.Size, copies: int) -> bool:
     if len(one) != len(many):
         return False
-    for a, b in zip(one, many, strict=True):
+    for i, (a, b) in enumerate(zip(one, many, strict=True)):
         if a != b:
-            i = next(i for i in range(len(one)) if one[i] != many[i])
             return b == copies * a and all(d == 1 for d in one[:i]) and one[i + 1 :] == many[i + 1 :]
     return False
