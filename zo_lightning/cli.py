@@ -1,4 +1,4 @@
-"""The command line: ``zo-lightning {fit,validate,test,predict} --config configs/<something>.yaml``."""
+"""The command line: ``zo-lightning {fit,validate,test,predict} --config configs/<something>.yaml``, ``export``, ``replay``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 import zo_lightning.data
 import zo_lightning.modules  # noqa: F401  (both imported so that their classes are found by their bare names)
 from zo_lightning.callbacks import Forecast, MetricsTable, PredictionWriter, SpacedValidation, ZOProgressBar
+from zo_lightning.commands import COMMANDS, command
 from zo_lightning.console import one_line_errors, quiet
 
 __all__ = ["ZOCLI", "cli", "main"]
@@ -111,6 +112,7 @@ def cli(args: ArgsType = None, run: bool = True) -> ZOCLI:
             "log_every_n_steps": 10,
             "num_sanity_val_steps": -1,  # a whole validation before the first step
         },
+        parser_kwargs={"epilog": "; ".join(f"zo-lightning {name}: {what}" for name, what in COMMANDS.items())},
         args=args,
         run=run,
     )
@@ -122,5 +124,11 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments; those of the process by default.
     """
+    words = sys.argv[1:] if args is None else args
     with one_line_errors(), quiet():
-        cli(args)
+        if isinstance(words, list) and words and words[0] in COMMANDS:
+            name, *options = words
+            told = {"prog": f"zo-lightning {name}", "description": f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."}
+            auto_cli(command(name), args=options, parser_class=ZOParser, as_positional=False, **told)
+        else:
+            cli(args)
