@@ -25,6 +25,7 @@ from zo_lightning.optim.geometry import (
 )
 from zo_lightning.optim.groups import GeometryMap
 from zo_lightning.optim.parameter_free import CalibrationError, ParameterFree
+from zo_lightning.optim.ranks import Alone, Ranks
 from zo_lightning.optim.rounding import round_stochastically
 from zo_lightning.optim.step_rules import Probe, StepReport, StepRule
 from zo_lightning.optim.updates import LMO, SGD, UPDATES, Update, make_update
@@ -37,6 +38,7 @@ __all__ = [
     "SGD",
     "UPDATES",
     "Address",
+    "Alone",
     "CalibrationError",
     "Column",
     "Directions",
@@ -51,6 +53,7 @@ __all__ = [
     "ParameterFree",
     "Probe",
     "Rademacher",
+    "Ranks",
     "Row",
     "Sign",
     "Spectral",

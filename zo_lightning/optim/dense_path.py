@@ -120,12 +120,11 @@ class DensePath(Path):
 
     # ---- the update ----------------------------------------------------------------------------------------------------
     @no_autocast()
-    def apply(self, slopes: list[float], multipliers: Sequence[float]) -> None:
+    def apply(self, slopes: list[float], rates: Sequence[float]) -> None:
         """See :meth:`Path.apply`; the weights are written here and nowhere else."""
         update = self.setting.update
-        for group, multiplier in zip(self.setting.groups, multipliers, strict=True):
+        for group, lr in zip(self.setting.groups, rates, strict=True):
             geometry = geometry_of(group)
-            lr = group["lr"] * multiplier
             simple = len(slopes) == 1 and not group["momentum"]
             scale = None
             if not simple and geometry.coupled and update.normalised:

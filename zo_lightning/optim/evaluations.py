@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from zo_lightning.optim.ranks import Ranks
 from zo_lightning.optim.step_rules import StepReport
 
-__all__ = ["Evaluations", "cross_validated_gain"]
+__all__ = ["Evaluations", "Gathered", "cross_validated_gain"]
 
 
 @dataclass
@@ -27,13 +29,30 @@ class Evaluations:
     minus: list[Tensor] = field(default_factory=list)
     base: Tensor | None = None
 
-    def report(self, step: int, tau: float, sides: int) -> StepReport:
+    @property
+    def count(self) -> int:
+        """The number of losses at each point."""
+        return self.plus[0].numel()
+
+    def loss(self) -> Tensor:
+        """The mean of the losses at the probes, a scalar."""
+        return torch.stack([*self.plus, *self.minus]).mean()
+
+    def and_those_of(self, other: Evaluations) -> Evaluations:
+        """These and the losses of another part of the batch, at the same points."""
+        both = zip([*self.plus, *self.minus], [*other.plus, *other.minus], strict=True)
+        points = [torch.cat(pair) for pair in both]
+        base = None if self.base is None or other.base is None else torch.cat([self.base, other.base])
+        return Evaluations(points[: len(self.plus)], points[len(self.plus) :], base)
+
+    def report(self, step: int, tau: float, sides: int, ranks: Ranks) -> StepReport:
         """Bring the step's numbers to the host, in one synchronisation.
 
         Args:
             step: Index of the step.
             tau: Smoothing radius τ of the probes.
             sides: 2 for central differences, 1 for one-sided ones.
+            ranks: The processes that take the step together.
         """
         q = len(self.plus)
         span = 2 * tau if sides == 2 else tau
@@ -41,21 +60,65 @@ class Evaluations:
         pairs = [(plus, other) for plus, other in zip(self.plus, others, strict=True) if other is not None]
         points = [*self.plus, *self.minus, *([] if self.base is None else [self.base])]
         gains = [cross_validated_gain((plus - other) / span) for plus, other in pairs]
-        values = torch.stack([*(x.mean() for x in points), *gains]).double().tolist()
-        f_plus, f_minus = values[:q], values[q : q + len(self.minus)]
-        f_base = None if self.base is None else values[q + len(self.minus)]
-        references = f_minus if sides == 2 else [f_base] * q
-        curvature = None
-        if f_base is not None and f_minus:
-            curvature = (f_plus[0] - 2 * f_base + f_minus[0]) / tau**2
+        values = torch.stack([*(x.mean() for x in points), *gains]).double()
+        table = ranks.gather(values) if ranks.split else ranks.mean(values, self.count).unsqueeze(0)
+        rows: list[list[float]] = table.tolist()
+        slopes: list[float] = []
+        curvatures: list[float] = []
+        for row in rows:
+            f_plus, f_minus = row[:q], row[q : q + len(self.minus)]
+            f_base = None if self.base is None else row[q + len(self.minus)]
+            references = f_minus if sides == 2 else [f_base] * q
+            slopes += [(a - b) / span for a, b in zip(f_plus, references, strict=True) if b is not None]
+            if f_base is not None and f_minus:
+                curvatures.append((f_plus[0] - 2 * f_base + f_minus[0]) / tau**2)
+        probes = [x for row in rows for x in row[: q + len(self.minus)]]
         return StepReport(
             step=step,
-            loss=sum(f_plus + f_minus) / len(f_plus + f_minus),
-            slopes=[(a - b) / span for a, b in zip(f_plus, references, strict=True) if b is not None],
-            gain=sum(values[len(points) :]) / q,
-            curvature=curvature,
-            finite=all(math.isfinite(x) for x in values[: len(points)]),
+            loss=sum(probes) / len(probes),
+            slopes=slopes,
+            gain=sum(x for row in rows for x in row[len(points) :]) / len(slopes),
+            curvature=sum(curvatures) / len(curvatures) if curvatures else None,
+            finite=all(math.isfinite(x) for row in rows for x in row[: len(points)]),
         )
+
+
+@dataclass
+class Gathered:
+    """What is known of a step before it is taken, while the parts of its batch come in.
+
+    Attributes:
+        began_written: Whether no update was pending when the first part was probed.
+        forwards: Batch losses evaluated before it.
+        want_curvature: Whether the step rule wants to know the curvature.
+        multipliers: What to multiply each group's ``lr`` by.
+        losses: The losses so far.
+    """
+
+    began_written: bool
+    forwards: int
+    want_curvature: bool = False
+    multipliers: list[float] = field(default_factory=list)
+    losses: Evaluations = field(default_factory=Evaluations)
+
+    def add(self, part: Evaluations) -> None:
+        """Take in the losses of a part of the batch."""
+        self.losses = self.losses.and_those_of(part) if self.losses.plus else part
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and tensors."""
+        return {**vars(self), "losses": {key: _on(value, torch.device("cpu")) for key, value in vars(self.losses).items()}}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> Gathered:
+        """Go on from ``state``, with the losses on ``device``."""
+        return cls(**{**state, "losses": Evaluations(**{key: _on(value, device) for key, value in state["losses"].items()})})
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [x.to(device) for x in value]
+    return None if value is None else value.to(device)
 
 
 def cross_validated_gain(slopes: Tensor) -> Tensor:

@@ -158,10 +158,11 @@ class LowRankPath(Path):
     @no_autocast()
     def _direction(self, query: int) -> Tensor:
         """The flat left factors U of a direction of the coming step, each parameter's in its unit of length."""
+        if query not in self._drawn and query >= 0 and self._ahead is not None:
+            for number, flat in enumerate(self._ahead.take(self.setting)):
+                self._drawn[number] = flat.to(self._device, non_blocking=True)
         if query not in self._drawn:
-            ready = self._ahead.take(self.setting) if query >= 0 and self._ahead is not None else []
-            for number, flat in enumerate(ready or [self._draw(query)]):
-                self._drawn[number if ready else query] = flat.to(self._device, non_blocking=bool(ready))
+            self._drawn[query] = self._draw(query).to(self._device)
         return self._drawn[query]
 
     def _look_ahead(self) -> None:
@@ -237,13 +238,12 @@ class LowRankPath(Path):
 
     # ---- the update ----------------------------------------------------------------------------------------------------
     @no_autocast()
-    def apply(self, slopes: list[float], multipliers: Sequence[float]) -> None:
+    def apply(self, slopes: list[float], rates: Sequence[float]) -> None:
         """See :meth:`Path.apply`: into C; the weights are written at the end of an interval."""
         assert self._pending is not None
         average = self._average(slopes)
         units = iter(self._units())
-        for index, (group, multiplier) in enumerate(zip(self.setting.groups, multipliers, strict=True)):
-            lr = group["lr"] * multiplier
+        for index, (group, lr) in enumerate(zip(self.setting.groups, rates, strict=True)):
             span = self._spans[index]
             decay = 1 - lr * group["weight_decay"]
             if decay != 1:

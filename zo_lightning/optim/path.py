@@ -102,12 +102,12 @@ class Path(ABC):
         """The displaced weights, each with as many parts as there are points."""
 
     @abstractmethod
-    def apply(self, slopes: list[float], multipliers: Sequence[float]) -> None:
+    def apply(self, slopes: list[float], rates: Sequence[float]) -> None:
         """Take the step.
 
         Args:
             slopes: Directional derivative along each direction.
-            multipliers: What to multiply each group's ``lr`` by.
+            rates: Step size of each group.
         """
 
     # ---- pending updates: a path that writes the weights at once has none ----------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["Probe", "StepReport", "StepRule"]
@@ -22,8 +22,11 @@ class StepReport:
         curvature: Signed second difference ``(f₊ - 2f + f₋)/τ²`` along the first direction, where it was asked for.
         finite: Whether every loss was; otherwise the update was skipped.
         lr: Step size γ of the update.
+        rates: The same of each parameter group, schedulers included.
         smoothing: Smoothing radius τ of the probes.
         forwards: Batch losses that the step evaluated.
+        began_written: Whether no update was pending when the step began: all of it was in the weights.
+        ended_written: The same when it ended.
     """
 
     step: int
@@ -35,6 +38,9 @@ class StepReport:
     lr: float = 0.0
     smoothing: float = 0.0
     forwards: int = 0
+    rates: list[float] = field(default_factory=list)
+    began_written: bool = True
+    ended_written: bool = True
 
 
 class Probe(ABC):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zo_lightning.optim.dense_path import DensePath
 from zo_lightning.optim.directions import Directions, make_directions
 from zo_lightning.optim.displacement import Displacement
-from zo_lightning.optim.evaluations import Evaluations
+from zo_lightning.optim.evaluations import Evaluations, Gathered
 from zo_lightning.optim.evaluator import Closure, Evaluator, Stacked
 from zo_lightning.optim.geometry import GEOMETRIES
 from zo_lightning.optim.groups import GeometryMap, GeometrySpec, named_groups
@@ -22,8 +22,10 @@ from zo_lightning.optim.interrupts import deferred_interrupt
 from zo_lightning.optim.low_rank_path import LowRankPath
 from zo_lightning.optim.path import Path, Point, Setting, geometry_of
 from zo_lightning.optim.pending import Pending
+from zo_lightning.optim.probing import Prober
+from zo_lightning.optim.ranks import Alone, Ranks
 from zo_lightning.optim.scaling import output_units
-from zo_lightning.optim.step_rules import Probe, StepReport, StepRule
+from zo_lightning.optim.step_rules import StepReport, StepRule
 from zo_lightning.optim.updates import Update, make_update
 
 __all__ = ["NonFiniteLossError", "ZerothOrder"]
@@ -72,6 +74,7 @@ class ZerothOrder(torch.optim.Optimizer):
     Attributes:
         last: What the last step measured, a :class:`StepReport`.
         forwards: Batch losses evaluated so far.
+        ranks: The processes that take each step together; :class:`Alone` until somebody sets others.
         geometry: The :class:`GeometryMap` made of the argument. With the module at hand, ``geometry.split`` tells embeddings
             and transposed weights; a second optimizer over those groups knows them.
 
@@ -136,6 +139,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self._made_path: Path | None = None
         self._pending: Pending | None = None
         self._resumed = False
+        self._gathered: Gathered | None = None
+        self.ranks: Ranks = Alone()
         self.geometry = GeometryMap(geometry, directions=self.directions)
         super().__init__(named_groups(params, self.geometry), defaults)
 
@@ -245,7 +250,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 as it was.
         """
         state = dict(state_dict)
-        rule, path = state.pop("step_rule", None), state.pop("path", {})
+        rule, path, gathered = state.pop("step_rule", None), state.pop("path", {}), state.pop("gathered", None)
         theirs, ours = state["param_groups"][0].get("directions"), self.directions.signature()
         if theirs != ours:
             raise ValueError(f"the checkpoint was made with directions {theirs}, this run has {ours}; use the same ones")
@@ -261,6 +266,8 @@ class ZerothOrder(torch.optim.Optimizer):
         if rule is not None and self.step_rule is not None:
             self.step_rule.load_state_dict(rule)
         self._path.load_state_dict(path)
+        device = self.param_groups[0]["params"][0].device
+        self._gathered = None if gathered is None else Gathered.from_state_dict(gathered, device)
         if self._pending is not None:
             self._pending.hide()
             self._pending.show()
@@ -280,6 +287,8 @@ class ZerothOrder(torch.optim.Optimizer):
             state["path"] = path
         if self.step_rule is not None:
             state["step_rule"] = self.step_rule.state_dict()
+        if self._gathered is not None:
+            state["gathered"] = self._gathered.state_dict()
         return state
 
     # ---- the step ------------------------------------------------------------------------------------------------------
@@ -290,7 +299,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
         Args:
             closure: Evaluates the model on the step's batch and returns the loss, a scalar or the losses per example (any
-                shape, mean taken in float32). No backward.
+                shape, mean taken in float32). No backward. After :meth:`accumulate` it may be left out.
             stacked: ``stacked(copies)`` returns the losses per example of that many copies of the batch, one copy after the
                 other, from one forward whose activations hold the copies along their first dimension; or None if it cannot.
                 See ``probes``.
@@ -303,39 +312,126 @@ class ZerothOrder(torch.optim.Optimizer):
             ValueError: If ``probes="stacked"`` and that is not possible.
             NonFiniteLossError: See ``max_nonfinite``.
         """
-        if closure is None:
+        if closure is None and self._gathered is None:
             raise TypeError("ZerothOrder.step needs a closure that evaluates the loss: optimizer.step(lambda: loss(batch))")
         head = self.param_groups[0]
-        before = head["forwards"]
-        evaluator = self._begin(closure, stacked)
         path = self._path
+        fresh = self._nothing_gathered()
+        evaluator = None
+        if closure is None:
+            self._hide()
+        else:
+            evaluator = self._begin(closure, stacked)
         try:
-            want_curvature = False
-            multipliers = [1.0] * len(self.param_groups)
-            if self.step_rule is not None:
-                want_curvature = self.step_rule.before_step(self.step_index, _Prober(path, evaluator))
-                multipliers = self._assign_sizes()
-            seen = self._probe(evaluator, want_curvature)
-            report = seen.report(self.step_index, head["smoothing"], head["sides"])
-            report.lr = head["lr"] * multipliers[0]
-            report.smoothing = head["smoothing"]
+            if evaluator is None:
+                path.begin()
+            else:
+                self._take_in(evaluator, fresh)
+            assert self._gathered is not None
+            # whatever happens from here on, the next step starts with a batch of its own
+            gathered, self._gathered = self._gathered, None
+            report = gathered.losses.report(self.step_index, head["smoothing"], head["sides"], self.ranks)
+            report.rates = [group["lr"] * by for group, by in zip(self.param_groups, gathered.multipliers, strict=True)]
+            report.lr, report.smoothing = report.rates[0], head["smoothing"]
+            report.began_written = gathered.began_written
             with deferred_interrupt():  # the step's index moves on with the weights
-                if report.finite:
-                    path.apply(report.slopes, multipliers)
-                    torch.clear_autocast_cache()
-                for group in self.param_groups:
-                    group["step"] += 1
-                    group["stacking"], group["unresolved"] = evaluator.state, evaluator.unresolved
+                self._move(report)
         finally:
             path.end()
-            if self._pending is not None:
-                self._pending.show()
+            self._show()
         self._count_nonfinite(report)
-        report.forwards = head["forwards"] - before
+        report.forwards = head["forwards"] - gathered.forwards
         if self.step_rule is not None:
             self.step_rule.after_step(report)
         self.last = report
-        return torch.stack([*seen.plus, *seen.minus]).mean()
+        return gathered.losses.loss()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def accumulate(self, closure: Closure, *, stacked: Stacked | None = None) -> Tensor:
+        """Probe on a part of the coming step's batch, and keep its losses (a few numbers) for :meth:`step`.
+
+        All parts are probed at the same points, so that the step is that of the joint batch. The first part decides what the
+        step rule wants to know, and calibrates it.
+
+        Args:
+            closure: As for :meth:`step`.
+            stacked: As for :meth:`step`.
+
+        Returns:
+            The mean of the losses seen at this part's probes, a scalar tensor.
+        """
+        path, fresh = self._path, self._nothing_gathered()
+        evaluator = self._begin(closure, stacked)
+        try:
+            return self._take_in(evaluator, fresh).loss()
+        finally:
+            path.end()
+            self._show()
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether a part of the coming step's batch has been probed."""
+        return self._gathered is not None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def retake(self, report: StepReport) -> None:
+        """Take the step that a report of another run describes, without a forward; bit for bit as it was taken there.
+
+        Args:
+            report: Of the step with the index of the coming one.
+
+        Raises:
+            ValueError: If it is of another step, or of another number of groups.
+        """
+        if report.step != self.step_index:
+            raise ValueError(f"the report is of step {report.step}, the coming step is {self.step_index}")
+        if len(report.rates) != len(self.param_groups):
+            raise ValueError(
+                f"the report is of {len(report.rates)} parameter groups, this optimizer has {len(self.param_groups)}"
+            )
+        if report.began_written:
+            self.fold()
+        self._hide()
+        try:
+            self._path.begin()
+            with deferred_interrupt():
+                self._move(report)
+        finally:
+            self._path.end()
+            self._show()
+        if report.ended_written:
+            self.fold()
+
+    def _nothing_gathered(self) -> Gathered:
+        multipliers = [1.0] * len(self.param_groups)
+        return Gathered(not self._path.dirty, self.param_groups[0]["forwards"], multipliers=multipliers)
+
+    def _take_in(self, evaluator: Evaluator, fresh: Gathered) -> Evaluations:
+        """Probe on a batch or a part of it, and add its losses to what is gathered for the step, at first nothing."""
+        gathered = self._gathered
+        if gathered is None:
+            gathered = fresh
+            if self.step_rule is not None:
+                prober = Prober(self._path, evaluator, self.ranks)
+                gathered.want_curvature = self.step_rule.before_step(self.step_index, prober)
+                gathered.multipliers = self._assign_sizes()
+        seen = self._probe(evaluator, gathered.want_curvature)
+        gathered.add(seen)
+        self._gathered = gathered
+        for group in self.param_groups:
+            group["stacking"], group["unresolved"] = evaluator.state, evaluator.unresolved
+        return seen
+
+    def _move(self, report: StepReport) -> None:
+        """Take the step; nothing of it if a loss was not finite."""
+        if report.finite:
+            self._path.apply(report.slopes, report.rates)
+            torch.clear_autocast_cache()
+        for group in self.param_groups:
+            group["step"] += 1
+        report.ended_written = not self._path.dirty
 
     @torch.no_grad()
     def rehearse(self, closure: Closure, *, stacked: Stacked | None = None) -> float:
@@ -352,6 +448,7 @@ class ZerothOrder(torch.optim.Optimizer):
         path = self._path
         observed = path.displacement.observed
         resumed = self._resumed
+        gathered, self._gathered = self._gathered, None
         evaluator = self._begin(closure, stacked)
         devices = {parameter.device for parameter in self.named_parameters().values() if parameter.is_cuda}
         seconds = 0.0
@@ -365,21 +462,19 @@ class ZerothOrder(torch.optim.Optimizer):
         finally:
             evaluator.rewind()
             path.end()
+            self._gathered = gathered
             for group, before in zip(self.param_groups, kept, strict=True):
                 group.update(before)
             if not observed:  # the first step does so, with its own batch
                 path.displacement.forget()
                 self._resumed = resumed
-            if self._pending is not None:
-                self._pending.show()
+            self._show()
         return seconds
 
     def _begin(self, closure: Closure, stacked: Stacked | None) -> Evaluator:
         """Find out how the parameters are used, once, and get ready to draw the step's directions."""
         path = self._path
-        if self._pending is not None:
-            self._pending.settle_others()
-            self._pending.hide()
+        self._hide()
         try:
             evaluator = self._evaluator(closure, stacked)
             if not path.displacement.observed:
@@ -393,10 +488,18 @@ class ZerothOrder(torch.optim.Optimizer):
                 where = "a parameter is moved in place" if evaluator.given else "the closure has no stacked form"
                 raise ValueError(f"probes='stacked' is not possible, because {where}; use 'auto'")
         except BaseException:
-            if self._pending is not None:
-                self._pending.show()
+            self._show()
             raise
         return evaluator
+
+    def _hide(self) -> None:
+        if self._pending is not None:
+            self._pending.settle_others()
+            self._pending.hide()
+
+    def _show(self) -> None:
+        if self._pending is not None:
+            self._pending.show()
 
     def _evaluator(self, closure: Closure, stacked: Stacked | None) -> Evaluator:
         displacement = self._path.displacement
@@ -424,6 +527,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 if self.scaling == "output":
                     activity = self._path.displacement.activity
                     units = output_units(group["params"], activity, geometry_of(group), self.directions)
+                    device = group["params"][0].device
+                    units = self.ranks.mean(torch.tensor(units, dtype=torch.float64, device=device), 1).tolist()
                 group["units"] = units
 
     def _probe(self, evaluator: Evaluator, want_curvature: bool) -> Evaluations:
@@ -432,9 +537,11 @@ class ZerothOrder(torch.optim.Optimizer):
         seen = Evaluations()
         if head["sides"] == 1 or want_curvature:
             seen.base = evaluator.at([Point()], path.show)[0]
-        points = [Point(query, sign * tau) for query in range(q) for sign in ((1, -1) if head["sides"] == 2 else (1,))]
+        first = self.ranks.rank * q if self.ranks.split else 0
+        signs = (1, -1) if head["sides"] == 2 else (1,)
+        points = [Point(first + query, sign * tau) for query in range(q) for sign in signs]
         if head["sides"] == 1 and want_curvature:
-            points.insert(1, Point(0, -tau))
+            points.insert(1, Point(first, -tau))
         losses = evaluator.at(points, path.show, stackable=path.stackable)
         for point, values in zip(points, losses, strict=True):
             (seen.plus if point.tau > 0 else seen.minus).append(values)
@@ -487,23 +594,6 @@ class ZerothOrder(torch.optim.Optimizer):
             UserWarning,
             stacklevel=4,
         )
-
-
-class _Prober(Probe):
-    """Losses at and around the current point for a step rule."""
-
-    def __init__(self, path: Path, evaluator: Evaluator) -> None:
-        self._path, self._evaluator = path, evaluator
-
-    def loss(self) -> float:
-        return float(self._evaluator.at([Point()], self._path.show)[0].mean().double())
-
-    def pair(self, direction: int, smoothing: float) -> tuple[float, float]:
-        # negative queries: directions that no step uses
-        points = [Point(-1 - direction, smoothing), Point(-1 - direction, -smoothing)]
-        losses = self._evaluator.at(points, self._path.show, stackable=self._path.stackable)
-        plus, minus = torch.stack([x.mean().double() for x in losses]).tolist()
-        return plus, minus
 
 
 def _check(name: str, value: Any, right: bool, expected: str) -> None:
