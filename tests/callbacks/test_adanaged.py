@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -160,18 +160,6 @@ def test_skipped_steps_are_counted_and_the_run_goes_on(tmp_path):
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------------
-def test_other_modules_are_refused(tmp_path):
-    class Other(LightningModule):
-        def training_step(self, batch, batch_idx):
-            raise AssertionError
-
-        def configure_optimizers(self):
-            raise AssertionError
-
-    with pytest.raises(MisconfigurationException, match=r"ZOModule, which Other is not.*not supported yet"):
-        trainer(tmp_path, max_steps=1, callbacks=[AdaNAGED()]).fit(Other(), loader())
-
-
 @pytest.mark.filterwarnings("ignore:.*max_epochs.* was not set")
 def test_unset_length_is_refused(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"--trainer\.max_steps.*AdaNAGED\(total_steps=\.\.\.\)"):

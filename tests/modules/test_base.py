@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tests.quadratic import Quadratic, batches, loader, trainer, weights
@@ -132,10 +133,10 @@ def test_mixed_half_precision_is_refused(tmp_path):
         trainer(tmp_path, max_steps=1, plugins=[plugin]).fit(Quadratic(), loader())
 
 
-def test_several_devices_are_refused(tmp_path):
+def test_sharded_weights_are_refused(tmp_path):
     module = Quadratic()
-    module.trainer = trainer(tmp_path, devices=2, strategy="ddp")
-    with pytest.raises(MisconfigurationException, match="training runs on one device, got 2"):
+    module.trainer = trainer(tmp_path, devices=2, strategy=ModelParallelStrategy())
+    with pytest.raises(MisconfigurationException, match=r"ModelParallelStrategy is not supported.*use strategy='zo_ddp'"):
         module.setup("fit")
 
 

@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zo_lightning.modules import ZOModule
+from zo_lightning.callbacks.takeover import TakeOver, give_rule, refuse
+from zo_lightning.modules import ZOModule, planned_steps
 from zo_lightning.optim import Gaussian, GeometryMap, ParameterFree, ZerothOrder
 from zo_lightning.optim.groups import GeometrySpec
 
 __all__ = ["AdaNAGED"]
 
+_STATE = "zo_lightning"  # key of a checkpoint
 _DEFAULT_EPOCHS = 1000  # what Lightning sets where neither max_steps nor max_epochs is given
 
 
@@ -27,9 +30,22 @@ class AdaNAGED(Callback):
     * ``zo/lr`` (γ) and ``zo/smoothing`` (τ), both in the norm of the geometry,
     * ``zo/curvature`` (c̄, loss per squared length) and ``zo/gap`` (Δ, in units of the loss),
     * ``zo/gain``, the cross-validated decrease of the loss per unit of length,
-    * ``zo/forwards``, the batch losses evaluated so far, and ``zo/skipped``, the steps skipped for a loss that was not finite.
+    * ``zo/forwards``, the batch losses evaluated so far, ``zo/skipped``, the steps skipped for a loss that was not finite, and
+      ``zo/recalibrations``, how often the loss has exploded.
 
     A learning-rate scheduler of the module multiplies γ and takes the place of the rule's own decay.
+
+    **Any other LightningModule** with automatic optimization is taken over as it is: its ``training_step`` is evaluated at the
+    points of the step, under ``no_grad``, and nothing calls ``backward``. The parameters are those of the optimizer that its
+    ``configure_optimizers`` makes, which is never stepped itself; its schedulers, and the Trainer's
+    ``accumulate_grad_batches``, work as before. Logs, metrics and running statistics are those of one evaluation of each batch.
+    All is undone at the end of the fit. What cannot be served is refused at its start.
+
+    Note:
+        Between two evaluations only what :func:`~zo_lightning.callbacks.muting.muted` lists is put back: a ``training_step``
+        that writes a file does so at every evaluation. In a module that is taken over the update may reach the weights
+        some steps late (forwards, ``state_dict`` and checkpoints hold it all the same), unless the module or a callback has a
+        hook that runs between two steps: then it is written at once.
 
     Args:
         f_low: A lower bound of the loss; 0 for cross-entropy.
@@ -39,6 +55,12 @@ class AdaNAGED(Callback):
         schedule: ``"linear"`` decay to zero at N, or ``"constant"``.
         geometry: Overrides of the default map from parameters to geometries; see :class:`~zo_lightning.optim.GeometryMap`.
         total_steps: N, where the Trainer does not know it or is to be overruled.
+        optimizer: Makes the :class:`~zo_lightning.optim.ZerothOrder` for a module that is taken over; a ``ZOModule`` has an
+            argument of its own.
+
+    Attributes:
+        rule: The parameter-free rule.
+        optimizer: The optimizer of the run, from ``on_fit_start`` on.
 
     Raises:
         ValueError: If an argument is out of its range or a geometry does not exist.
@@ -53,6 +75,7 @@ class AdaNAGED(Callback):
         schedule: Literal["linear", "constant"] = "linear",
         geometry: dict[str, Any] | None = None,
         total_steps: int | None = None,
+        optimizer: OptimizerCallable = ZerothOrder,
     ) -> None:
         self.f_low = f_low
         self.attainable = attainable
@@ -63,23 +86,24 @@ class AdaNAGED(Callback):
         self.total_steps = total_steps
         GeometryMap(geometry, directions=Gaussian())  # names and radii are checked here, patterns once there is a model
         self.rule = self._new_rule()
+        self.optimizer: ZerothOrder | None = None
+        self._make_optimizer = optimizer
+        self._takeover: TakeOver | None = None
+        self._restored: dict[str, Any] | None = None
+        self._kept: dict[str, Any] | None = None
         self._skipped = 0
+        self._seen = 0
 
     # ---- set-up --------------------------------------------------------------------------------------------------------
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hand the geometry over, and refuse early what could not work.
+        """Hand the geometry over, or take the module over, and refuse early what could not work.
 
         Raises:
-            MisconfigurationException: If the module is not a :class:`ZOModule`, there is another such callback, or the number
-                of steps is not known.
+            MisconfigurationException: If there is another such callback, the number of steps is not known, or the module cannot
+                be taken over.
         """
         if stage != "fit":
             return
-        if not isinstance(pl_module, ZOModule):
-            raise MisconfigurationException(
-                f"AdaNAGED works with subclasses of zo_lightning.modules.ZOModule, which {type(pl_module).__name__} is not; "
-                "other modules are not supported yet"
-            )
         if sum(isinstance(callback, AdaNAGED) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise MisconfigurationException("there are two AdaNAGED callbacks; keep one")
         if self.total_steps is None and trainer.max_steps == -1 and trainer.max_epochs == _DEFAULT_EPOCHS:
@@ -88,8 +112,17 @@ class AdaNAGED(Callback):
                 "AdaNAGED(total_steps=...) overrides both"
             )
         self.rule = self._new_rule()  # a second fit starts afresh
-        self._skipped = 0
-        if self.geometry is not None:
+        self.optimizer = self._restored = self._kept = None
+        self._skipped = self._seen = 0
+        if not isinstance(pl_module, ZOModule):
+            refuse(trainer, pl_module, self)
+            self._takeover = TakeOver(trainer, pl_module)
+        elif self._make_optimizer is not ZerothOrder:
+            raise MisconfigurationException(
+                f"AdaNAGED(optimizer=...) is for modules that are taken over; {type(pl_module).__name__} makes its own: give "
+                "it the argument"
+            )
+        elif self.geometry is not None:
             pl_module.geometry = self.geometry
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,21 +131,22 @@ class AdaNAGED(Callback):
         Raises:
             MisconfigurationException: If the optimizer's steps are not normalised or it has a rule of its own.
         """
-        optimizer = _optimizer_of(trainer)
-        if not optimizer.update.normalised:
-            raise MisconfigurationException(
-                f"AdaNAGED needs steps of unit norm, which update={optimizer.update.name!r} does not take; use update='lmo'"
-            )
-        if optimizer.step_rule is not None:
-            raise MisconfigurationException("the optimizer has a step_rule of its own; leave it or AdaNAGED out")
-        optimizer.step_rule = self.rule
+        if self._takeover is not None:
+            self.optimizer = self._takeover.start(self._make_optimizer, self.geometry, self.rule, self._restored)
+            self._restored = None
+        else:
+            (self.optimizer,) = trainer.optimizers  # type: ignore[assignment]
+            assert isinstance(self.optimizer, ZerothOrder)  # ZOModule.configure_optimizers sees to it
+            give_rule(self.optimizer, self.rule)
         if trainer.lr_scheduler_configs:
             self.rule.schedule = "constant"  # the user's schedule takes its place
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take N from the Trainer; only now, since asking it earlier would start the data loader before its restoration."""
+        assert self.optimizer is not None
+        self._seen = self.optimizer.step_index
         if self.total_steps is None:
-            steps = trainer.estimated_stepping_batches
+            steps = planned_steps(trainer)
             self.rule.total_steps = None if steps == float("inf") else int(steps)
 
     # ---- each step -----------------------------------------------------------------------------------------------------
@@ -120,8 +154,11 @@ class AdaNAGED(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what the step measured, at the steps whose metrics the loggers write."""
-        optimizer = _optimizer_of(trainer)
-        report = optimizer.last
+        assert self.optimizer is not None
+        if self.optimizer.step_index == self._seen:
+            return  # the batch was a part of a step's
+        self._seen = self.optimizer.step_index
+        report = self.optimizer.last
         assert report is not None
         self._skipped += not report.finite
         if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
@@ -132,10 +169,30 @@ class AdaNAGED(Callback):
                 "zo/curvature": self.rule.curvature,
                 "zo/gap": self.rule.gap,
                 "zo/gain": report.gain,
-                "zo/forwards": float(optimizer.forwards),
+                "zo/forwards": float(self.optimizer.forwards),
                 "zo/skipped": float(self._skipped),
+                "zo/recalibrations": float(self.rule.recalibrations),
             }
         )
+
+    # ---- the end -------------------------------------------------------------------------------------------------------
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave a module that was taken over as it was."""
+        self._let_go()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See :meth:`on_fit_end`; for runs that end before."""
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """See :meth:`on_fit_end`; checkpoints that other callbacks save now hold the state of a run that goes on."""
+        if self._takeover is not None and self._takeover.optimizer is not None:
+            self._kept = self._takeover.state_dict()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._takeover is not None:
+            self._takeover.undo()
 
     # ---- state ---------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -147,6 +204,26 @@ class AdaNAGED(Callback):
         self.rule.load_state_dict(state_dict["rule"])
         self._skipped = int(state_dict["skipped"])
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of an optimizer that the Trainer does not know of."""
+        if self._kept is not None:
+            checkpoint[_STATE] = self._kept
+        elif self._takeover is not None and self._takeover.optimizer is not None:
+            checkpoint[_STATE] = self._takeover.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put it aside until there is an optimizer.
+
+        Raises:
+            MisconfigurationException: If the checkpoint of a module that is taken over has no such state.
+        """
+        self._restored = checkpoint.get(_STATE)
+        if self._takeover is not None and self._restored is None:
+            raise MisconfigurationException(
+                "the checkpoint holds no state of AdaNAGED, so that the run cannot go on from it; load its weights instead: "
+                "Trainer.fit without ckpt_path, on a module from load_from_checkpoint"
+            )
+
     def _new_rule(self) -> ParameterFree:
         return ParameterFree(
             self.total_steps,
@@ -156,9 +233,3 @@ class AdaNAGED(Callback):
             interval=self.interval,
             schedule=self.schedule,
         )
-
-
-def _optimizer_of(trainer: Trainer) -> ZerothOrder:
-    optimizer = trainer.optimizers[0]
-    assert isinstance(optimizer, ZerothOrder)  # ZOModule.configure_optimizers sees to it
-    return optimizer

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from zo_lightning.modules import ZOModule
+from zo_lightning.modules import ZOModule, batches_per_step, planned_steps
 from zo_lightning.optim import ParameterFree, ZerothOrder
 
 __all__ = ["Forecast"]
@@ -63,11 +63,13 @@ class Forecast(Callback):
         )
 
     def _times(self, trainer: Trainer, seconds: float) -> str:
+        seconds *= batches_per_step(trainer)
         each = f"{seconds:.2g} s per step"
-        steps = trainer.estimated_stepping_batches - trainer.global_step
+        steps = planned_steps(trainer) - trainer.global_step
         if math.isinf(steps):
             return f"{each}; the number of steps is not known"
-        validations = math.ceil(steps / trainer.val_check_batch) if trainer.val_check_batch else 0
+        batches = steps * batches_per_step(trainer)
+        validations = math.ceil(batches / trainer.val_check_batch) if trainer.val_check_batch else 0
         total = steps * seconds + validations * self._validation_seconds
         now = datetime.now()
         end = now + timedelta(seconds=total)

@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
+from zo_lightning.modules import planned_steps
+
 __all__ = ["ZOProgressBar"]
 
 _SHORT = {"train/loss": "loss", "zo/lr": "γ", "zo/smoothing": "τ"}
@@ -31,7 +33,7 @@ class ZOProgressBar(RichProgressBar):
     @property
     def total_train_batches(self) -> int | float:
         """The steps of the whole run."""
-        return self.trainer.estimated_stepping_batches
+        return planned_steps(self.trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the bar in the first epoch only."""

@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from zo_lightning.modules import batches_per_step, planned_steps
+
 __all__ = ["SpacedValidation"]
 
 
@@ -31,15 +33,15 @@ class SpacedValidation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the interval, once the number of steps is known."""
-        steps = trainer.estimated_stepping_batches
+        steps = planned_steps(trainer)
         untouched = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
         if untouched and math.isfinite(steps):
             trainer.check_val_every_n_epoch = None  # count batches across epochs
-            trainer.val_check_batch = math.ceil(steps / self.times)
+            trainer.val_check_batch = math.ceil(steps / self.times) * batches_per_step(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After the last step, ask for the stop that is due anyway: the Trainer validates before a requested one."""
-        if trainer.global_step >= trainer.estimated_stepping_batches:
+        if trainer.global_step >= planned_steps(trainer):
             trainer.should_stop = True

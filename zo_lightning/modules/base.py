@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -16,6 +17,7 @@ from zo_lightning.data import repeat_batch
 from zo_lightning.modules.errors import ModelError
 from zo_lightning.optim import GeometryMap, ZerothOrder
 from zo_lightning.optim.groups import GeometrySpec
+from zo_lightning.strategies import join, ranks_of
 
 __all__ = ["ZOModule"]
 
@@ -46,6 +48,12 @@ class ZOModule(LightningModule):
         optimizer: Makes the :class:`~zo_lightning.optim.ZerothOrder` from parameter groups.
         lr_scheduler: Makes a scheduler from the optimizer. It scales the step size of the parameter-free rule too.
         lr_scheduler_interval: Whether the scheduler is stepped after each ``"step"`` or ``"epoch"``.
+        accumulate_grad_batches: Batches that make one step, as the argument of the Trainer, which Lightning keeps to automatic
+            optimization. Each is probed at the same points and only the losses are kept; the last batches of an epoch make a
+            step of their own.
+
+    Raises:
+        ValueError: If ``accumulate_grad_batches`` is less than 1.
 
     Attributes:
         geometry: Rules that a callback hands over in its ``setup``; they replace those of the optimizer.
@@ -56,8 +64,12 @@ class ZOModule(LightningModule):
         optimizer: OptimizerCallable = ZerothOrder,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
+        accumulate_grad_batches: int = 1,
     ) -> None:
         super().__init__()
+        if accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+        self.accumulate_grad_batches = accumulate_grad_batches
         self.automatic_optimization = False
         self.geometry: Mapping[str, GeometrySpec] | None = None
         self._make_optimizer = optimizer
@@ -75,7 +87,7 @@ class ZOModule(LightningModule):
         """Refuse what does not work without gradients or has no meaning.
 
         Raises:
-            MisconfigurationException: For 16-bit mixed precision, and for several processes.
+            MisconfigurationException: For 16-bit mixed precision, and for strategies that shard the weights.
         """
         if stage != "fit":
             return
@@ -83,10 +95,7 @@ class ZOModule(LightningModule):
             raise MisconfigurationException(
                 "precision '16-mixed' scales gradients, and there are none here; use 'bf16-mixed', 'bf16-true' or '16-true'"
             )
-        if self.trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"training runs on one device, got {self.trainer.world_size}; set devices=1 (--trainer.devices 1)"
-            )
+        ranks_of(self.trainer.strategy)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One :class:`~zo_lightning.optim.ZerothOrder` over the trainable parameters, grouped by geometry.
@@ -106,13 +115,17 @@ class ZOModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self._lr_scheduler_interval}}
 
     def on_fit_start(self) -> None:
-        """Check the weights, so that a broken checkpoint is found before the first step.
+        """Join the other processes, and check the weights, so that a broken checkpoint is found before the first step.
 
         Raises:
             ModelError: If a weight is NaN or infinite.
         """
-        named = dict(self.named_parameters())
-        finite = torch.stack([p.detach().isfinite().all() for p in named.values()]).tolist()
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, ZerothOrder):
+                join(optimizer, self.trainer.strategy)
+        # those that accelerate brings along, or that are quantised, hold nothing to look at here
+        named = {name: p for name, p in self.named_parameters() if p.is_floating_point() and not p.is_meta}
+        finite = torch.stack([p.detach().isfinite().all().to(self.device) for p in named.values()]).tolist()
         broken = [name for name, good in zip(named, finite, strict=True) if not good]
         if broken:
             raise ModelError(
@@ -139,9 +152,16 @@ class ZOModule(LightningModule):
             examples = 1 if losses is None else losses.numel() // copies
             return losses
 
-        loss = self.optimizers().step(counted, stacked=counted_stack)  # type: ignore[union-attr]
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        complete = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        if complete:
+            loss = optimizer.step(counted, stacked=counted_stack)
+        else:
+            loss = optimizer.optimizer.accumulate(counted, stacked=counted_stack)  # type: ignore[attr-defined]
         self.log("train/loss", loss, prog_bar=True, batch_size=examples)
-        self._step_lr_schedulers("step", self.trainer.global_step)
+        if complete:
+            self._step_lr_schedulers("step", self.trainer.global_step)
         return loss
 
     def closures(self, batch: Any) -> tuple[Callable[[], Tensor], Callable[[int], Tensor | None]]:

@@ -93,6 +93,7 @@ class Gathered:
         want_curvature: Whether the step rule wants to know the curvature.
         multipliers: What to multiply each group's ``lr`` by.
         losses: The losses so far.
+        parts: The number of parts that they are of.
     """
 
     began_written: bool
@@ -100,10 +101,12 @@ class Gathered:
     want_curvature: bool = False
     multipliers: list[float] = field(default_factory=list)
     losses: Evaluations = field(default_factory=Evaluations)
+    parts: int = 0
 
     def add(self, part: Evaluations) -> None:
         """Take in the losses of a part of the batch."""
         self.losses = self.losses.and_those_of(part) if self.losses.plus else part
+        self.parts += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and tensors."""

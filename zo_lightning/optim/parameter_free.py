@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 _FIRST_SMOOTHING = 2.0**-14  # far below any useful radius for steps of unit norm; only powers of two times it are tried
 _LAST_SMOOTHING = 2.0**24
 _CALIBRATION_DIRECTIONS = 3
+_EXPLOSION = 3.0  # how many times the gap at the beginning
+_EXPLODED_STEPS = 5  # in a row
 _FORGETTING = 0.02  # weight of the newest loss in the running mean: some fifty steps
 
 
@@ -49,6 +51,9 @@ class ParameterFree(StepRule):
     than half of that; then it is twice the fall so far (ALIAS's option I, with the fall read off the running loss, which is
     far less noisy than a sum of directional derivatives). φ = 1 is the loss gap alone.
 
+    **Safeguard.** A loss that explodes (in five steps running more than three times as far above ``f_low`` as the run began)
+    tells that the curvature has been underestimated: the next step calibrates anew, and γ is halved from then on.
+
     Args:
         total_steps: N, the number of optimizer steps of the run; None if it is unknown, then ``N = t + t₀``.
         f_low: Lower bound of the loss; 0 for cross-entropy.
@@ -62,6 +67,7 @@ class ParameterFree(StepRule):
         curvature: c̄.
         gap: Δ.
         calibrated: Whether the first step has been.
+        recalibrations: How often the loss has exploded.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -102,6 +108,9 @@ class ParameterFree(StepRule):
         self.step_size = 0.0
         self.smoothing = _FIRST_SMOOTHING
         self.calibrated = False
+        self.recalibrations = 0
+        self._explosions = 0  # steps in a row
+        self._first_gap = 0.0
         self._step = 0
         # sums rather than means: the state is exact whatever the number of resumes
         self._curvature_sum = 0.0
@@ -140,7 +149,26 @@ class ParameterFree(StepRule):
         if report.curvature is not None:
             self._curvature_sum += max(0.0, report.curvature)
             self._curvature_count += 1
+        self._watch(report.loss)
         self._observe_loss(report.loss)
+
+    def _watch(self, loss: float) -> None:
+        """Calibrate anew after an explosion."""
+        # the first batch alone may be an easy one
+        begun = self._first_gap if self._reference is not None else max(self._first_gap, self.gap)
+        exploded = loss - self.f_low > _EXPLOSION * begun
+        self._explosions = self._explosions + 1 if exploded else 0
+        if self._explosions < _EXPLODED_STEPS:
+            return
+        self.recalibrations += 1
+        self._explosions = 0
+        self.calibrated = False
+        _log.warning(
+            "step %d: the loss has exploded to %.4g; the step size is halved and calibrated anew (%d so far)",
+            self._step,
+            loss,
+            self.recalibrations,
+        )
 
     @property
     def attainable_gap(self) -> float:
@@ -161,6 +189,8 @@ class ParameterFree(StepRule):
         self._loss_variance = (1 - weight) * (self._loss_variance + weight * deviation**2)
         if self._loss_count == round(1 / _FORGETTING):
             self._reference = self._loss_average
+            if not self.recalibrations:
+                self._first_gap = max(self._first_gap, self.gap)
 
     def _update_sizes(self) -> None:
         """γ and τ from the gap and the curvature; the last ones stay where these say nothing."""
@@ -175,7 +205,7 @@ class ParameterFree(StepRule):
             return
         self.smoothing = math.sqrt(2 * self.probe_rise * gap / curvature)
         horizon = self.total_steps if self.total_steps is not None else self._step + self.unknown_horizon
-        self.step_size = math.sqrt(2 * self.attainable_gap / (horizon * curvature)) * self._decay()
+        self.step_size = math.sqrt(2 * self.attainable_gap / (horizon * curvature)) * self._decay() * 0.5**self.recalibrations
 
     def _decay(self) -> float:
         if self.schedule == "constant" or self.total_steps is None:
@@ -220,6 +250,9 @@ class ParameterFree(StepRule):
         self._curvature_sum = sum(max(0.0, c) for c in usable)
         self._curvature_count = len(usable)
         self._loss_average, self._loss_count = base, 1
+        if not self.recalibrations:
+            self._first_gap = self.gap
+        self._loss_variance, self._reference = 0.0, None
         self.smoothing = tau
         self.calibrated = True
         _log.info("calibration: loss %.4g, smoothing %.3g, curvature %.3g, %d forwards", base, tau, self.curvature, forwards)
@@ -238,6 +271,9 @@ class ParameterFree(StepRule):
         """See :meth:`StepRule.state_dict`."""
         return {
             "calibrated": self.calibrated,
+            "recalibrations": self.recalibrations,
+            "explosions": self._explosions,
+            "first_gap": self._first_gap,
             "curvature_sum": self._curvature_sum,
             "curvature_count": self._curvature_count,
             "loss_average": self._loss_average,
@@ -251,6 +287,9 @@ class ParameterFree(StepRule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :meth:`StepRule.load_state_dict`."""
         self.calibrated = bool(state["calibrated"])
+        self.recalibrations = int(state["recalibrations"])
+        self._explosions = int(state["explosions"])
+        self._first_gap = float(state["first_gap"])
         self._curvature_sum = float(state["curvature_sum"])
         self._curvature_count = int(state["curvature_count"])
         self._loss_average = float(state["loss_average"])

@@ -74,6 +74,8 @@ class ZerothOrder(torch.optim.Optimizer):
     Attributes:
         last: What the last step measured, a :class:`StepReport`.
         forwards: Batch losses evaluated so far.
+        probing: Whether a closure that is running now evaluates a point of the step, rather than for a calibration or to find
+            out how the parameters are used.
         ranks: The processes that take each step together; :class:`Alone` until somebody sets others.
         geometry: The :class:`GeometryMap` made of the argument. With the module at hand, ``geometry.split`` tells embeddings
             and transposed weights; a second optimizer over those groups knows them.
@@ -141,6 +143,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._resumed = False
         self._gathered: Gathered | None = None
         self.ranks: Ranks = Alone()
+        self.probing = False
         self.geometry = GeometryMap(geometry, directions=self.directions)
         super().__init__(named_groups(params, self.geometry), defaults)
 
@@ -317,6 +320,7 @@ class ZerothOrder(torch.optim.Optimizer):
         head = self.param_groups[0]
         path = self._path
         fresh = self._nothing_gathered()
+        self.probing = False
         evaluator = None
         if closure is None:
             self._hide()
@@ -362,6 +366,7 @@ class ZerothOrder(torch.optim.Optimizer):
             The mean of the losses seen at this part's probes, a scalar tensor.
         """
         path, fresh = self._path, self._nothing_gathered()
+        self.probing = False
         evaluator = self._begin(closure, stacked)
         try:
             return self._take_in(evaluator, fresh).loss()
@@ -370,9 +375,9 @@ class ZerothOrder(torch.optim.Optimizer):
             self._show()
 
     @property
-    def accumulating(self) -> bool:
-        """Whether a part of the coming step's batch has been probed."""
-        return self._gathered is not None
+    def progress(self) -> tuple[int, int]:
+        """Steps taken, and the parts of the coming step's batch that have been probed."""
+        return self.step_index, 0 if self._gathered is None else self._gathered.parts
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -535,6 +540,7 @@ class ZerothOrder(torch.optim.Optimizer):
         head, path = self.param_groups[0], self._path
         tau, q = head["smoothing"], head["num_directions"]
         seen = Evaluations()
+        self.probing = True
         if head["sides"] == 1 or want_curvature:
             seen.base = evaluator.at([Point()], path.show)[0]
         first = self.ranks.rank * q if self.ranks.split else 0
@@ -543,6 +549,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if head["sides"] == 1 and want_curvature:
             points.insert(1, Point(first, -tau))
         losses = evaluator.at(points, path.show, stackable=path.stackable)
+        self.probing = False
         for point, values in zip(points, losses, strict=True):
             (seen.plus if point.tau > 0 else seen.minus).append(values)
         return seen

@@ -1,0 +1,57 @@
+"""From a Lightning strategy to the processes that an optimizer's step is taken with."""
+
+from __future__ import annotations
+
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from zo_lightning.optim import Alone, Ranks, ZerothOrder
+
+__all__ = ["StrategyRanks", "join", "ranks_of"]
+
+
+class StrategyRanks(Ranks):
+    """The processes of a strategy that keeps all weights on each.
+
+    Args:
+        strategy: Gathers the numbers.
+        split: Whether each process probes along directions of its own.
+
+    Attributes:
+        bytes_sent: What this process has given to be gathered, so far.
+    """
+
+    def __init__(self, strategy: DDPStrategy, *, split: bool = False) -> None:
+        self.strategy = strategy
+        self.rank, self.size, self.split = strategy.global_rank, strategy.world_size, split
+        self.bytes_sent = 0
+
+    def gather(self, values: Tensor) -> Tensor:
+        """See :meth:`Ranks.gather`; one collective."""
+        self.bytes_sent += values.numel() * values.element_size()
+        return self.strategy.all_gather(values.to(self.strategy.root_device)).view(self.size, -1).to(values.device)
+
+
+def ranks_of(strategy: Strategy) -> Ranks:
+    """The processes of a strategy.
+
+    Raises:
+        MisconfigurationException: If the strategy shards the weights, or is not known.
+    """
+    if isinstance(strategy, DDPStrategy):
+        return StrategyRanks(strategy, split=getattr(strategy, "split_directions", False))
+    if isinstance(strategy, SingleDeviceStrategy):
+        return Alone()
+    raise MisconfigurationException(
+        f"the strategy {type(strategy).__name__} is not supported, since forward passes need no sharded gradients or optimizer "
+        "state; use strategy='zo_ddp' for several processes, or devices=1"
+    )
+
+
+def join(optimizer: ZerothOrder, strategy: Strategy) -> None:
+    """Let an optimizer take its steps with the other processes of ``strategy``, with the first one's seed."""
+    optimizer.ranks = ranks_of(strategy)
+    seed = strategy.broadcast(optimizer.param_groups[0]["seed"])
+    for group in optimizer.param_groups:
+        group["seed"] = seed
