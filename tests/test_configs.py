@@ -1,11 +1,13 @@
 """Every shipped configuration parses through the real CLI, and runs with a tiny model and data."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.tiny import save_tiny_model, tiny_config
 from zo_lightning.callbacks import AdaNAGED
 from zo_lightning.cli import cli, main
 from zo_lightning.data import ClassificationTask, PromptClassificationDataModule, get_task
@@ -21,7 +23,11 @@ def name(path: Path) -> str:
 
 
 def test_what_is_shipped():
-    assert {name(path) for path in CONFIGS} == {"quickstart", "opt-125m/sst2", *(f"opt-1.3b/{task}" for task in TASKS)}
+    assert {name(path) for path in CONFIGS} == {
+        *("quickstart", "opt-125m/sst2", "opt-1.3b/sst2_lora"),
+        *(f"opt-1.3b/{task}" for task in TASKS),
+        *(f"opt-6.7b/sst2_{kind}" for kind in ("8bit", "4bit", "offload")),
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
@@ -30,10 +36,20 @@ def test_instantiates(path, tmp_path):
     assert isinstance(made.model, CausalLMClassificationModule)
     assert isinstance(made.datamodule, PromptClassificationDataModule)
     assert sum(isinstance(callback, AdaNAGED) for callback in made.trainer.callbacks) == 1
-    if path.parent.name == "opt-1.3b":
-        assert made.datamodule.task.name == path.stem
-        assert made.model.model_name_or_path == "facebook/opt-1.3b"
-        assert made.trainer.precision == "bf16-true"
+    task, _, kind = path.stem.partition("_")
+    if path.parent.name in ("opt-1.3b", "opt-6.7b"):
+        assert made.datamodule.task.name == task
+        assert made.model.model_name_or_path == f"facebook/{path.parent.name}"
+        assert made.trainer.precision == ("16-true" if kind == "8bit" else "bf16-true")
+    assert (made.model.peft is None) == (kind == "")
+    # what transformers and accelerate take, number of the GPU included
+    expected = {
+        "8bit": {"load_in_8bit": True},
+        "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    }
+    assert made.model.quantization == expected.get(kind)
+    placement = {"device_map": "auto", "max_memory": {0: "8GiB", "cpu": "24GiB"}, "offload_folder": "runs/offload"}
+    assert made.model.placement.options() == (placement if kind == "offload" else {})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
@@ -51,15 +67,34 @@ def keys(node) -> list[str]:
     return [key for value in node for key in keys(value)] if isinstance(node, list) else []
 
 
+def stand_ins(path, folder) -> list[str]:
+    """What a tiny model on a CPU cannot have as the configuration says it."""
+    if path.stem.endswith("bit") and importlib.util.find_spec("bitsandbytes") is None:
+        return ["--model.quantization", "null"]  # the adapter's run alone; tests/modules has the mechanism
+    if path.stem.endswith("_offload"):  # there is no GPU to place parts on: the layers on the disk, the rest in memory
+        parts = ("embed_tokens", "embed_positions", "final_layer_norm")
+        map_ = {**{f"model.decoder.{part}": "cpu" for part in parts}, "model.decoder.layers": "disk", "lm_head": "cpu"}
+        offload = ["--model.max_memory", "null", "--model.offload_folder", str(folder / "offload")]
+        return ["--model.device_map", json.dumps(map_), *offload]
+    return []
+
+
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "quickstart"], ids=name)
 def test_runs(path, tiny_opt, tmp_path):
     """Two steps in the configuration's own precision, and the evaluation of the checkpoint that was kept."""
+    label = None
+    if "_" in path.stem:
+        config = tiny_config("opt")
+        config.hidden_size = config.word_embed_proj_dim = config.ffn_dim = 64  # bitsandbytes on a CPU takes blocks of 64
+        tiny_opt = save_tiny_model(tmp_path / "model", config)
+        label = RIGHT
     task = get_task(yaml.safe_load(path.read_text())["data"]["init_args"]["task"])
-    save_rows(task, tmp_path / "data")
+    save_rows(task, tmp_path / "data", label)
     options = [
         *("--config", str(path), "--model.model_name_or_path", str(tiny_opt), "--data.data_dir", str(tmp_path / "data")),
         *("--data.batch_size", "4", "--data.num_train", "20", "--data.num_dev", "12", "--trainer.max_steps", "2"),
         *("--trainer.log_every_n_steps", "1"),
+        *stand_ins(path, tmp_path),
         *(
             "--trainer.accelerator",
             "cpu",
@@ -76,11 +111,20 @@ def test_runs(path, tiny_opt, tmp_path):
     assert any("test/acc" in text for text in logged)
 
 
-def save_rows(task: ClassificationTask, folder: Path) -> None:
-    """Rows with the columns of ``task``: enough for the 100 development rows of CB."""
+# what the tiny model says of all rows: an adapter cannot make the loss rise where it begins above chance, as the search for
+# the smoothing needs
+RIGHT = 1
+
+
+def save_rows(task: ClassificationTask, folder: Path, label: int | None) -> None:
+    """Rows with the columns of ``task``, of one label or of all: enough for the 100 development rows of CB."""
     folder.mkdir()
     for split, count in (("train", 130), ("validation", 6)):
         rows = [
-            {**dict.fromkeys(task.columns, "a film with no plot"), "label": index % task.num_classes} for index in range(count)
+            {
+                **dict.fromkeys(task.columns, "a film with no plot"),
+                "label": index % task.num_classes if label is None else label,
+            }
+            for index in range(count)
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -29,6 +29,8 @@ _WARNINGS = (
     r"Checkpoint directory .* exists and is not empty",  # the best checkpoint of a version's own folder
     r"Using ModelCheckpoint with manual optimization",  # the weights after the update are the ones to keep
     r"The dirpath has changed from",  # each run has its own folder
+    r"`is_gradient_checkpointing` is deprecated",  # peft's use of transformers
+    r"`past_key_values` is deprecated",  # likewise
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6's use of torch's pytree
 )
 _LINES = ("litlogger", "litmodels", "TPU available")

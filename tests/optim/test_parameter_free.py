@@ -200,6 +200,14 @@ def test_calibration_clips_negative_curvatures():
     assert rule.curvature == pytest.approx(2.0)
 
 
+def test_a_loss_that_every_change_lowers_is_calibrated_by_the_size_of_its_change():
+    """τ²/2 ≥ 0.01 first at τ = 2**-2 (×4 from 2**-14), where the quotient has the size of the curvature."""
+    rule = ParameterFree(100)
+    rule.before_step(0, Landscape(1.0, parabola(-1.0)))
+    assert rule.curvature == pytest.approx(1.0)
+    assert rule.smoothing == pytest.approx(math.sqrt(2 * 0.01 * 1.0 / 1.0))
+
+
 @pytest.mark.parametrize("overflow", [math.inf, math.nan])
 def test_an_overflowing_direction_counts_as_a_rise_and_not_as_a_curvature(overflow):
     rule = ParameterFree(100)
@@ -228,14 +236,13 @@ def test_calibration_happens_once():
             r"does not rise by 1% along any of 3 directions .* does the closure use the opt",
         ),
         (1.0, parabola(0.0, slope=1.0), {}, r"does not rise by 1%"),
-        (1.0, parabola(-1.0), {}, r"does not rise by 1%"),
         (math.nan, parabola(1.0), {}, r"the loss of the first batch is nan; check the weights and the data"),
         (math.inf, parabola(1.0), {}, r"the loss of the first batch is inf"),
         (0.5, parabola(1.0), {"f_low": 0.6}, r"the loss of the first batch is 0.5, not above f_low=0.6; pass a lower bound"),
         (0.0, parabola(1.0), {}, r"the loss of the first batch is 0, not above f_low=0"),
         (-3.0, parabola(1.0), {}, r"the loss of the first batch is -3, not above f_low=0"),
     ],
-    ids=["flat", "linear", "concave", "nan", "inf", "f_low above", "zero loss", "negative loss"],
+    ids=["flat", "linear", "nan", "inf", "f_low above", "zero loss", "negative loss"],
 )
 def test_calibration_errors(base, along, settings, message):
     with pytest.raises(CalibrationError, match=message):
@@ -271,6 +278,170 @@ def test_steps_with_a_nonfinite_loss_teach_nothing():
     rule.after_step(report(0, math.nan, math.nan, finite=False))
     rule.after_step(report(1, math.inf, None, finite=False))
     assert rule.state_dict() == before
+
+
+# ---- the safeguard -----------------------------------------------------------------------------------------------------
+def feed(rule: ParameterFree, losses, first: int = 0, probe: Probe | None = None) -> list[int]:
+    """Steps with the given losses; returns those after which a calibration was due."""
+    due = []
+    for step, loss in enumerate(losses, first):
+        rule.before_step(step, probe or Landscape(2.0, parabola(4.0)))
+        rule.after_step(report(step, loss))
+        if not rule.calibrated:
+            due.append(step)
+    return due
+
+
+def test_five_exploded_losses_in_a_row_halve_the_step_and_calibrate_anew(caplog):
+    rule = ParameterFree(1000, schedule="constant")
+    assert feed(rule, [2.0] * 60) == []
+    assert rule.recalibrations == 0
+    with caplog.at_level("WARNING", "zo_lightning.optim.parameter_free"):
+        assert feed(rule, [6.1] * 5, 60) == [64]
+    assert rule.recalibrations == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 64: the loss has exploded to 6.1; the step size is halved and calibrated anew (1 so far)"
+    ]
+    probe = Landscape(9.0, parabola(50.0))
+    rule.before_step(65, probe)
+    fresh = ParameterFree(1000, schedule="constant")
+    fresh.before_step(65, Landscape(9.0, parabola(50.0)))
+    assert probe.forwards > 1
+    assert rule.curvature == pytest.approx(50.0)
+    assert rule.smoothing == fresh.smoothing == pytest.approx(math.sqrt(2 * 0.01 * 9 / 50))
+    assert rule.step_size == pytest.approx(fresh.step_size / 2)
+    assert rule.step_size == pytest.approx(math.sqrt(2 * 0.1 * 9 / (1000 * 50)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("losses", "due"),
+    [
+        ([6.1] * 4 + [5.9] + [6.1] * 4, []),  # never five in a row
+        ([5.9] * 30, []),  # three times as far is not more than three times
+        ([6.1] * 5 + [2.0], [64]),
+        ([1e9] * 5, [64]),
+    ],
+)
+def test_what_counts_as_an_explosion(losses, due):
+    rule = ParameterFree(1000)
+    feed(rule, [2.0] * 60)
+    assert feed(rule, losses, 60) == due
+
+
+@pytest.mark.parametrize("f_low", [-1.0, 1.0])
+def test_the_distance_is_from_the_lower_bound(f_low):
+    for loss, explodes in ((f_low + 3.01 * (2 - f_low), True), (f_low + 2.99 * (2 - f_low), False)):
+        rule = ParameterFree(1000, f_low=f_low)
+        feed(rule, [2.0] * 60)
+        assert bool(feed(rule, [loss] * 5, 60)) == explodes
+
+
+def test_an_explosion_at_the_very_beginning_is_seen_against_the_first_loss():
+    rule = ParameterFree(1000)
+    assert feed(rule, [2.0, 7.0, 12.0, 30.0, 90.0, 200.0, 400.0])[:1] == [5]
+    assert rule.recalibrations == 1
+
+
+def test_the_first_batch_alone_may_be_an_easy_one():
+    rule = ParameterFree(1000)
+    assert feed(rule, [2.0] * 60, probe=Landscape(0.1, parabola(4.0))) == []
+
+
+@pytest.mark.parametrize("calm", [12, 20, 45])
+def test_an_explosion_before_the_running_loss_has_settled_is_seen(calm):
+    """Though the exploded losses are a large part of all so far."""
+    rule = ParameterFree(1000)
+    assert feed(rule, [2.0] * calm + [20.0] * 5) == [calm + 4]
+
+
+def test_steps_with_a_nonfinite_loss_neither_count_nor_break_the_row():
+    rule = ParameterFree(1000)
+    feed(rule, [2.0] * 60)
+    feed(rule, [7.0] * 4, 60)
+    rule.after_step(report(64, math.nan, finite=False))
+    assert rule.recalibrations == 0
+    assert feed(rule, [7.0], 65) == [65]
+
+
+def test_every_further_explosion_halves_again():
+    rule = ParameterFree(10**6, schedule="constant")
+    feed(rule, [2.0] * 60)
+    sizes = []
+    for number in range(3):
+        first = 60 + 70 * number
+        feed(rule, [100.0] * 5 + [2.0] * 60, first)
+        assert rule.recalibrations == number + 1
+        sizes.append(rule.step_size)
+    assert sizes[1] / sizes[0] == pytest.approx(0.5)
+    assert sizes[2] / sizes[1] == pytest.approx(0.5)
+
+
+def test_halving_stays_until_the_end():
+    """Other than the calibration, which the losses after it change."""
+    pair = [ParameterFree(1000), ParameterFree(1000)]
+    for rule in pair:
+        feed(rule, [2.0] * 60)
+    feed(pair[0], [7.0] * 5, 60)
+    state = pair[0].state_dict()
+    pair[1].load_state_dict({**state, "recalibrations": 0})
+    for rule in pair:
+        feed(rule, [2.0] * 100, 65)
+    assert pair[0].step_size == pytest.approx(pair[1].step_size / 2)
+
+
+@LAWS
+@given(st.integers(0, 2**16), st.floats(0.01, 0.45), st.floats(1e-3, 1e3), st.floats(0.3, 1.0))
+def test_noisy_losses_are_no_explosion(seed, noise, scale, end):
+    """Losses that fall to a share of the first on the whole, each off by a log-normal factor."""
+    source = torch.Generator().manual_seed(seed)
+    rule = ParameterFree(400)
+    factors = (noise * torch.randn(400, generator=source, dtype=torch.float64)).exp().tolist()
+    losses = [scale * (1 - (1 - end) * t / 400) * by for t, by in enumerate(factors)]
+    assert feed(rule, losses, probe=Landscape(losses[0], parabola(scale))) == []
+    assert rule.recalibrations == 0
+
+
+@pytest.mark.parametrize("stop", [3, 58, 62, 64, 65, 66, 80])
+def test_a_state_in_the_middle_of_an_explosion_goes_on_exactly(stop):
+    losses = [2.0 + 0.1 * math.sin(t) for t in range(60)] + [7.0 + 0.1 * t for t in range(5)] + [2.0] * 30
+    whole = ParameterFree(200)
+    feed(whole, losses)
+    first, second = ParameterFree(200), ParameterFree(200)
+    feed(first, losses[:stop])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.recalibrations == (1 if stop >= 65 else 0)
+    feed(second, losses[stop:], stop)
+    assert second.state_dict() == whole.state_dict()
+    assert whole.recalibrations == 1
+
+
+def test_a_run_that_explodes_recovers():
+    """With γ a thousand times too large for a while, as where the curvature has been underestimated."""
+    module, x, y = problem()
+    rule = ParameterFree(300)
+    optimizer = ZerothOrder(module.named_parameters(), step_rule=rule, seed=0).attach(module)
+
+    def loss() -> torch.Tensor:
+        return F.cross_entropy(module(x), y, reduction="none")
+
+    for _ in range(15):
+        optimizer.step(loss)
+    start = float(optimizer.last.loss)
+    rule._curvature_sum /= 10**6
+    losses = []
+    for _ in range(100):
+        losses.append(float(optimizer.step(loss)))
+        if rule.recalibrations:
+            break
+    assert rule.recalibrations == 1
+    assert max(losses) > 3 * start
+    wild = optimizer.last.lr
+    optimizer.step(loss)
+    assert optimizer.last.lr < wild / 50
+    for _ in range(150):
+        optimizer.step(loss)
+    assert rule.recalibrations == 1
+    assert rule.gap < statistics.fmean(losses[-5:])
 
 
 # ---- state -------------------------------------------------------------------------------------------------------------

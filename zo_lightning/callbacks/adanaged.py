@@ -16,7 +16,7 @@ from zo_lightning.optim.groups import GeometrySpec
 
 __all__ = ["AdaNAGED"]
 
-_STATE = "zo_lightning"  # key of a checkpoint
+_STATE = "zo_lightning_takeover"  # key of a checkpoint
 _DEFAULT_EPOCHS = 1000  # what Lightning sets where neither max_steps nor max_epochs is given
 
 
@@ -55,8 +55,8 @@ class AdaNAGED(Callback):
         schedule: ``"linear"`` decay to zero at N, or ``"constant"``.
         geometry: Overrides of the default map from parameters to geometries; see :class:`~zo_lightning.optim.GeometryMap`.
         total_steps: N, where the Trainer does not know it or is to be overruled.
-        optimizer: Makes the :class:`~zo_lightning.optim.ZerothOrder` for a module that is taken over; a ``ZOModule`` has an
-            argument of its own.
+        optimizer: Makes the :class:`~zo_lightning.optim.ZerothOrder` for a module that is taken over, by default one with its
+            own defaults; a ``ZOModule`` has an argument of its own.
 
     Attributes:
         rule: The parameter-free rule.
@@ -75,7 +75,7 @@ class AdaNAGED(Callback):
         schedule: Literal["linear", "constant"] = "linear",
         geometry: dict[str, Any] | None = None,
         total_steps: int | None = None,
-        optimizer: OptimizerCallable = ZerothOrder,
+        optimizer: OptimizerCallable | None = None,
     ) -> None:
         self.f_low = f_low
         self.attainable = attainable
@@ -117,7 +117,7 @@ class AdaNAGED(Callback):
         if not isinstance(pl_module, ZOModule):
             refuse(trainer, pl_module, self)
             self._takeover = TakeOver(trainer, pl_module)
-        elif self._make_optimizer is not ZerothOrder:
+        elif self._make_optimizer is not None:
             raise MisconfigurationException(
                 f"AdaNAGED(optimizer=...) is for modules that are taken over; {type(pl_module).__name__} makes its own: give "
                 "it the argument"
@@ -132,7 +132,7 @@ class AdaNAGED(Callback):
             MisconfigurationException: If the optimizer's steps are not normalised or it has a rule of its own.
         """
         if self._takeover is not None:
-            self.optimizer = self._takeover.start(self._make_optimizer, self.geometry, self.rule, self._restored)
+            self.optimizer = self._takeover.start(self._make_optimizer or ZerothOrder, self.geometry, self.rule, self._restored)
             self._restored = None
         else:
             (self.optimizer,) = trainer.optimizers  # type: ignore[assignment]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,19 +11,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
-from transformers import PreTrainedModel
 
-from zo_lightning.assets import resolve
 from zo_lightning.data import repeat_scoring_batch
-from zo_lightning.modules.base import ZOModule
-from zo_lightning.modules.pretrained import load_causal_lm, weights_dtype
+from zo_lightning.modules.adapters import is_prompt_learning
+from zo_lightning.modules.language_model import LanguageModelModule
 from zo_lightning.modules.scoring import candidate_scores, classification_losses
 from zo_lightning.optim import ZerothOrder
 
 __all__ = ["CausalLMClassificationModule"]
 
 
-class CausalLMClassificationModule(ZOModule):
+class CausalLMClassificationModule(LanguageModelModule):
     """A causal language model that classifies by the likelihood of each class's candidate text.
 
     The batches are those of :class:`~zo_lightning.data.PromptClassificationDataModule`. Logits are computed at the scored
@@ -33,17 +30,25 @@ class CausalLMClassificationModule(ZOModule):
 
     Args:
         model_name_or_path: A folder or a name on the Hugging Face hub; ``quickstart`` is the tiny model of this package.
-        dropout: Whether the model's dropout is active in training. All probes of a step see the same mask.
+        dropout: Whether the model's dropout (an adapter's too) is active in training. All probes of a step see the same mask.
         length_normalised: Whether a candidate's log-likelihood is divided by its number of tokens.
         num_classes: For the metrics; None asks the datamodule.
         trust_remote_code: Whether code that comes with the model may run.
         attn_implementation: Passed to transformers, for example ``sdpa``.
+        peft: An adapter to train in place of the model, as ``peft.get_peft_config`` takes it:
+            ``{peft_type: LORA, r: 8, target_modules: [q_proj, v_proj]}``.
+        quantization: Arguments of ``transformers.BitsAndBytesConfig``: ``{load_in_8bit: true}``; needs ``peft``.
+        device_map: Which part of the model lies where, as transformers takes it: ``auto``, or a device for each module;
+            needs ``peft``.
+        max_memory: For ``auto``: how much each device may hold, as in ``{0: 6GiB, cpu: 30GiB}``.
+        offload_folder: Where accelerate writes what is kept on the disk.
         optimizer: See :class:`ZOModule`.
         lr_scheduler: See :class:`ZOModule`.
         lr_scheduler_interval: See :class:`ZOModule`.
+        accumulate_grad_batches: See :class:`ZOModule`.
 
     Attributes:
-        model: The language model, once :meth:`configure_model` has run.
+        model: The language model, or the ``peft.PeftModel`` around it, once :meth:`configure_model` has run.
     """
 
     #: What to keep the best checkpoint by.
@@ -59,43 +64,38 @@ class CausalLMClassificationModule(ZOModule):
         num_classes: int | None = None,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
+        peft: dict[str, Any] | None = None,
+        quantization: dict[str, Any] | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        max_memory: dict[Any, Any] | None = None,
+        offload_folder: str | None = None,
         optimizer: OptimizerCallable = ZerothOrder,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
+        accumulate_grad_batches: int = 1,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval)
+        super().__init__(
+            model_name_or_path,
+            dropout,
+            trust_remote_code,
+            attn_implementation,
+            peft,
+            quantization,
+            device_map,
+            max_memory,
+            offload_folder,
+            optimizer,
+            lr_scheduler,
+            lr_scheduler_interval,
+            accumulate_grad_batches,
+        )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        self.model_name_or_path = resolve(model_name_or_path)
-        self.dropout = dropout
         self.length_normalised = length_normalised
         self.num_classes = num_classes
-        self.trust_remote_code = trust_remote_code
-        self.attn_implementation = attn_implementation
-        self.model: PreTrainedModel | None = None
-        self._takes_position_ids = False
         self.val_metrics: MetricCollection | None = None
         self.test_metrics: MetricCollection | None = None
 
     # ---- set-up --------------------------------------------------------------------------------------------------------
-    def configure_model(self) -> None:
-        """Load the weights, once, in the dtype of ``trainer.precision`` (float32 without a Trainer)."""
-        if self.model is not None:
-            return
-        try:
-            precision = str(self.trainer.precision)
-        except RuntimeError:  # not attached to a Trainer, as in load_from_checkpoint
-            precision = "32-true"
-        self.model = load_causal_lm(
-            self.model_name_or_path,
-            weights_dtype(precision),
-            trust_remote_code=self.trust_remote_code,
-            attn_implementation=self.attn_implementation,
-        )
-        # transformers returns eval mode; on_train_start decides for training
-        self.model.train()
-        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self._takes_position_ids = "position_ids" in inspect.signature(inner.forward).parameters
-
     def setup(self, stage: str) -> None:
         """Make the metrics of the stage.
 
@@ -123,11 +123,6 @@ class CausalLMClassificationModule(ZOModule):
         else:
             self.val_metrics = metrics.clone(prefix="val/")
 
-    def on_train_start(self) -> None:
-        """Switch dropout off, unless it is wanted. Only now: Lightning warns of modules in eval mode at its own start."""
-        if self.model is not None and not self.dropout:
-            self.model.eval()
-
     # ---- evaluation ----------------------------------------------------------------------------------------------------
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Score the classes of each example.
@@ -146,7 +141,7 @@ class CausalLMClassificationModule(ZOModule):
 
     def repeat_batch(self, batch: Any, copies: int) -> Any:
         """See :meth:`ZOModule.repeat_batch`."""
-        return repeat_scoring_batch(batch, copies)
+        return None if self.one_prompt_for_all else repeat_scoring_batch(batch, copies)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Log ``val/loss``, ``val/acc`` and ``val/f1``."""
@@ -183,17 +178,19 @@ class CausalLMClassificationModule(ZOModule):
         """
         assert self.model is not None, "configure_model has not run"
         head = self.model.get_output_embeddings()
-        row, position = batch["logit_row"], batch["logit_position"]
+        row, position, width = batch["logit_row"], batch["logit_position"], batch["input_ids"].shape[1]
 
         def gather(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0][row, position].unsqueeze(0), *args[1:])
+            virtual = args[0].shape[1] - width  # tokens that an adapter has put in front
+            return (args[0][row, position + virtual].unsqueeze(0), *args[1:])
 
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        if self._takes_position_ids:
+        if not is_prompt_learning(self.model) and self._takes_position_ids:
             inputs["position_ids"] = batch["position_ids"]
         handle = head.register_forward_pre_hook(gather)
         try:
-            logits = self.model(**inputs, use_cache=False).logits
+            with self.positions_after_prompt():
+                logits = self.model(**inputs, use_cache=False).logits
         finally:
             handle.remove()
         if logits.shape[:2] != (1, row.numel()):

@@ -214,7 +214,10 @@ class ParameterFree(StepRule):
 
     # ---- calibration ---------------------------------------------------------------------------------------------------
     def _calibrate(self, probe: Probe) -> None:
-        """Find the τ at which the median rise reaches ηΔ: ×4 from far below, then one bisection."""
+        """Find the τ at which the median rise reaches ηΔ: ×4 from far below, then one bisection.
+
+        Where no τ raises the loss so far, that at which it first changes by as much is taken, and c̄ from the change's size.
+        """
         base = probe.loss()
         if not math.isfinite(base):
             raise CalibrationError(
@@ -224,23 +227,7 @@ class ParameterFree(StepRule):
             raise CalibrationError(
                 f"the loss of the first batch is {base:.6g}, not above f_low={self.f_low:.6g}; pass a lower bound of the loss"
             )
-        target = self.probe_rise * (base - self.f_low)
-        tau, forwards = _FIRST_SMOOTHING, 1
-        while True:
-            rises = self._rises(probe, tau, base)
-            forwards += 2 * _CALIBRATION_DIRECTIONS
-            if statistics.median(rises) >= target:
-                break
-            tau *= 4
-            if tau > _LAST_SMOOTHING:
-                raise CalibrationError(
-                    f"the loss ({base:.6g}) does not rise by {self.probe_rise:.0%} along any of {_CALIBRATION_DIRECTIONS} "
-                    f"directions up to a smoothing of {tau / 4:.3g}; does the closure use the optimizer's parameters?"
-                )
-        half = self._rises(probe, tau / 2, base)
-        forwards += 2 * _CALIBRATION_DIRECTIONS
-        if statistics.median(half) >= target:
-            tau, rises = tau / 2, half
+        tau, rises, forwards = self._search(probe, base)
         usable = [2 * rise / tau**2 for rise in rises if math.isfinite(rise)]
         if not usable:
             raise CalibrationError(
@@ -256,6 +243,29 @@ class ParameterFree(StepRule):
         self.smoothing = tau
         self.calibrated = True
         _log.info("calibration: loss %.4g, smoothing %.3g, curvature %.3g, %d forwards", base, tau, self.curvature, forwards)
+
+    def _search(self, probe: Probe, base: float) -> tuple[float, list[float], int]:
+        """The smoothing, the rises there, and the number of forwards."""
+        target = self.probe_rise * (base - self.f_low)
+        tau, forwards = _FIRST_SMOOTHING, 1
+        changed: tuple[float, list[float]] | None = None  # where the loss first changes by as much, up or down
+        while tau <= _LAST_SMOOTHING:
+            rises = self._rises(probe, tau, base)
+            forwards += 2 * _CALIBRATION_DIRECTIONS
+            if statistics.median(rises) >= target:
+                half = self._rises(probe, tau / 2, base)
+                forwards += 2 * _CALIBRATION_DIRECTIONS
+                return (tau / 2, half, forwards) if statistics.median(half) >= target else (tau, rises, forwards)
+            if changed is None and statistics.median(map(abs, rises)) >= target:
+                changed = tau, [abs(rise) for rise in rises]
+            tau *= 4
+        if changed is None:
+            raise CalibrationError(
+                f"the loss ({base:.6g}) does not rise by {self.probe_rise:.0%} along any of {_CALIBRATION_DIRECTIONS} "
+                f"directions up to a smoothing of {tau / 4:.3g}; does the closure use the optimizer's parameters?"
+            )
+        # any large change of these parameters lowers it: it began above what a constant answer gives
+        return *changed, forwards
 
     def _rises(self, probe: Probe, tau: float, base: float) -> list[float]:
         """(f₊ + f₋)/2 - f along three fresh directions; an overflow counts as a rise."""
