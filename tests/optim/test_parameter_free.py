@@ -347,11 +347,11 @@ def test_the_first_batch_alone_may_be_an_easy_one():
     assert feed(rule, [2.0] * 60, probe=Landscape(0.1, parabola(4.0))) == []
 
 
-@pytest.mark.parametrize("calm", [12, 20, 45])
-def test_an_explosion_before_the_running_loss_has_settled_is_seen(calm):
-    """Though the exploded losses are a large part of all so far."""
+@pytest.mark.parametrize(("calm", "exploded"), [(12, 9.0), (20, 7.0), (45, 6.5), (48, 6.1)])
+def test_an_explosion_before_the_running_loss_has_settled_is_seen(calm, exploded):
+    """Though the exploded losses are a part of the running loss, and of that after the first fifty."""
     rule = ParameterFree(1000)
-    assert feed(rule, [2.0] * calm + [20.0] * 5) == [calm + 4]
+    assert feed(rule, [2.0] * calm + [exploded] * 5) == [calm + 4]
 
 
 def test_steps_with_a_nonfinite_loss_neither_count_nor_break_the_row():
@@ -438,10 +438,9 @@ def test_a_run_that_explodes_recovers():
     wild = optimizer.last.lr
     optimizer.step(loss)
     assert optimizer.last.lr < wild / 50
-    for _ in range(150):
-        optimizer.step(loss)
-    assert rule.recalibrations == 1
-    assert rule.gap < statistics.fmean(losses[-5:])
+    after = [float(optimizer.step(loss)) for _ in range(200)]
+    assert statistics.fmean(after[-20:]) < 0.5 * statistics.fmean(losses[-5:])
+    assert rule.recalibrations <= 4  # while the loss is still far above where it began
 
 
 # ---- state -------------------------------------------------------------------------------------------------------------

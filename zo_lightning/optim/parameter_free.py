@@ -110,7 +110,8 @@ class ParameterFree(StepRule):
         self.calibrated = False
         self.recalibrations = 0
         self._explosions = 0  # steps in a row
-        self._first_gap = 0.0
+        self._first_gap = 0.0  # Δ at the beginning
+        self._ceiling = 0.0  # the gap that an explosion is measured by
         self._step = 0
         # sums rather than means: the state is exact whatever the number of resumes
         self._curvature_sum = 0.0
@@ -154,9 +155,7 @@ class ParameterFree(StepRule):
 
     def _watch(self, loss: float) -> None:
         """Calibrate anew after an explosion."""
-        # the first batch alone may be an easy one
-        begun = self._first_gap if self._reference is not None else max(self._first_gap, self.gap)
-        exploded = loss - self.f_low > _EXPLOSION * begun
+        exploded = loss - self.f_low > _EXPLOSION * self._ceiling
         self._explosions = self._explosions + 1 if exploded else 0
         if self._explosions < _EXPLODED_STEPS:
             return
@@ -189,8 +188,11 @@ class ParameterFree(StepRule):
         self._loss_variance = (1 - weight) * (self._loss_variance + weight * deviation**2)
         if self._loss_count == round(1 / _FORGETTING):
             self._reference = self._loss_average
-            if not self.recalibrations:
-                self._first_gap = max(self._first_gap, self.gap)
+        # the first batch alone may be an easy one; later on what explodes does not tell where the run began
+        if not self.recalibrations and self._reference is None and (self._loss_count <= 10 or not self._explosions):
+            self._first_gap = max(self._first_gap, self.gap)
+        # an explosion that has been answered is not another one, and one that is over is forgotten
+        self._ceiling = max(self._first_gap, min(self._ceiling, self.gap))
 
     def _update_sizes(self) -> None:
         """γ and τ from the gap and the curvature; the last ones stay where these say nothing."""
@@ -237,6 +239,7 @@ class ParameterFree(StepRule):
         self._curvature_sum = sum(max(0.0, c) for c in usable)
         self._curvature_count = len(usable)
         self._loss_average, self._loss_count = base, 1
+        self._ceiling = self.gap
         if not self.recalibrations:
             self._first_gap = self.gap
         self._loss_variance, self._reference = 0.0, None
@@ -284,6 +287,7 @@ class ParameterFree(StepRule):
             "recalibrations": self.recalibrations,
             "explosions": self._explosions,
             "first_gap": self._first_gap,
+            "ceiling": self._ceiling,
             "curvature_sum": self._curvature_sum,
             "curvature_count": self._curvature_count,
             "loss_average": self._loss_average,
@@ -300,6 +304,7 @@ class ParameterFree(StepRule):
         self.recalibrations = int(state["recalibrations"])
         self._explosions = int(state["explosions"])
         self._first_gap = float(state["first_gap"])
+        self._ceiling = float(state["ceiling"])
         self._curvature_sum = float(state["curvature_sum"])
         self._curvature_count = int(state["curvature_count"])
         self._loss_average = float(state["loss_average"])

@@ -39,7 +39,9 @@ class Ranks(ABC):
         if self.size == 1:
             return values
         table = self.gather(torch.cat([values, values.new_tensor([weight])]))
-        return table[:, :-1].T @ (table[:, -1] / table[:, -1].sum())
+        shares = table[:, -1:] / table[:, -1].sum()
+        # no matrix product, whose last bit may depend on where in memory each process has the table
+        return (table[:, :-1] * shares).sum(0)
 
 
 class Alone(Ranks):
