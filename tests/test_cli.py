@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import save_tiny_model, tiny_config
 from zo_lightning.cli import main
+from zo_lightning.modules import CausalLMClassificationModule
 
 CONFIG = Path(__file__).parents[1] / "configs" / "opt-125m" / "sst2.yaml"
 
@@ -58,7 +61,8 @@ def test_fit_and_test_on_the_kept_checkpoint(options, tmp_path, capsys):
     assert [row["step"] for row in validations] == [2, 5, 8, 11]  # every ceil(12/5) steps; Lightning counts from 0
     assert all({"val/loss", "val/acc", "val/f1"} <= set(row) for row in validations)
     kept = list(out.glob("**/checkpoints/*"))
-    assert [path.name for path in kept] == ["best.ckpt"]
+    assert sorted(path.name for path in kept) == ["best.ckpt", "last.ckpt"]
+    kept = [path for path in kept if path.name == "best.ckpt"]
     stored = torch.load(kept[0], weights_only=True)
     best = min(validations, key=lambda row: row["val/loss"])
     assert stored["global_step"] == best["step"] + 1
@@ -92,16 +96,94 @@ def test_zero_shot_validation(options, tmp_path):
 
 def test_resume_in_the_middle_of_an_epoch_is_exact(options, tmp_path):
     """The best checkpoint of a run, wherever in an epoch it was kept, leads to the same end as the run itself."""
-    main(
-        ["fit", *options, "--checkpoint.save_last", "true", "--checkpoint.filename", "{step}", "--checkpoint.save_top_k", "-1"]
-    )
+    main(["fit", *options, "--checkpoint.filename", "{step}", "--checkpoint.save_top_k", "-1"])
     (third,) = (tmp_path / "OUT").glob("**/step=3.ckpt")
     other = ["--trainer.default_root_dir", str(tmp_path / "AGAIN"), "--ckpt_path", str(third)]
-    main(["fit", *options, *other, "--checkpoint.save_last", "true"])
+    main(["fit", *options, *other])
     ends = [torch.load(next((tmp_path / name).glob("**/last.ckpt")), weights_only=True) for name in ("OUT", "AGAIN")]
     assert [end["global_step"] for end in ends] == [12, 12]
     assert all(torch.equal(value, ends[1]["state_dict"][name]) for name, value in ends[0]["state_dict"].items())
     assert ends[0]["callbacks"]["AdaNAGED"] == ends[1]["callbacks"]["AdaNAGED"]
+
+
+# ---- going on ------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def stops(monkeypatch):
+    """Makes the loss of the step after a number of steps do something."""
+
+    def arrange(step, action):
+        loss = CausalLMClassificationModule.loss
+
+        def stopping(self, batch):
+            if self.trainer.training and self.trainer.global_step == step:
+                action()
+            return loss(self, batch)
+
+        patch = pytest.MonkeyPatch()
+        patch.setattr(CausalLMClassificationModule, "loss", stopping)
+        patches.append(patch)
+
+    patches: list[pytest.MonkeyPatch] = []
+    yield arrange, lambda: [patch.undo() for patch in patches]
+    for patch in patches:
+        patch.undo()
+
+
+def bug():
+    raise KeyError("a bug")
+
+
+def test_the_same_command_until_the_job_is_done(options, tmp_path, stops, caplog):
+    """It begins where there is nothing, goes on in the same folder, and ends at once when all is done."""
+    arrange, undo = stops
+    out = tmp_path / "OUT"
+    whole = [*options, "--trainer.default_root_dir", str(tmp_path / "WHOLE")]
+    main(["fit", *whole])
+    command = ["fit", *options, "--ckpt_path", "last"]
+    for step in (4, 9):  # before and after a validation
+        arrange(step, bug)
+        with pytest.raises(KeyError, match="a bug"):
+            main(command)
+        undo()
+    assert f"--ckpt_path last: there is none under '{out}', so the run starts afresh" in caplog.text
+    main(command)
+    table, expected = (next(root.glob("**/metrics.csv")).read_bytes() for root in (out, tmp_path / "WHOLE"))
+    assert table == expected
+    for name in ("best", "last"):
+        ends = [torch.load(next(root.glob(f"**/{name}.ckpt")), weights_only=True) for root in (out, tmp_path / "WHOLE")]
+        assert ends[0]["global_step"] == ends[1]["global_step"]
+        assert all(torch.equal(value, ends[1]["state_dict"][key]) for key, value in ends[0]["state_dict"].items())
+    caplog.clear()
+    main(command)
+    assert "`max_steps=12` reached" in caplog.text
+    assert [path.name for path in (out / "lightning_logs").iterdir()] == ["version_0"]
+    assert next(out.glob("**/metrics.csv")).read_bytes() == expected
+
+    main([*command, "--trainer.max_steps", "15"])
+    assert rows(out)[-1]["step"] == 14
+
+
+def test_sigterm_is_no_success(options, tmp_path, stops):
+    stops[0](4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *options])
+    assert stopped.value.code == 143
+    assert torch.load(next((tmp_path / "OUT").glob("**/last.ckpt")), weights_only=True)["global_step"] == 5
+
+
+def test_last_in_other_commands(options, capsys, tmp_path):
+    assert "no checkpoints/last.ckpt under" in fails(["test", *options, "--ckpt_path", "last"], capsys)
+    main(["fit", *options, "--trainer.max_steps", "1"])
+    main(["test", *options, "--ckpt_path", "last"])
+    assert any("test/loss" in row for row in rows(tmp_path / "OUT"))
+
+
+def test_checkpoint_to_go_on_from_by_another_name(options, tmp_path):
+    place = ["--resume.dirpath", str(tmp_path / "here"), "--resume.filename", "state", "--ckpt_path", "last"]
+    main(["fit", *options, *place, "--trainer.max_steps", "3"])
+    main(["fit", *options, *place, "--trainer.max_steps", "5"])
+    assert torch.load(tmp_path / "here" / "state.ckpt", weights_only=True)["global_step"] == 5
+    assert not list((tmp_path / "OUT").glob("**/last.ckpt"))
 
 
 def test_configuration_wins_over_the_checkpoints_arguments(options, tmp_path):
@@ -163,6 +245,8 @@ MISTAKES = {
     "no such option": (["--data.batchsize", "3"], r"batchsize"),
     "not a number": (["--data.batch_size", "many"], r"batch_size.*many"),
     "no such checkpoint": (["--ckpt_path", "nowhere.ckpt"], r"nowhere\.ckpt"),
+    "minutes of zero": (["--resume.every_minutes", "0"], r"every_minutes must be positive, or None, got 0"),
+    "two writers of one file": (["--checkpoint.save_last", "true"], r"both write .*last\.ckpt"),
     "gradient clipping": (["--trainer.gradient_clip_val", "1"], r"clipping is not supported for manual optimization"),
     "no such directions": (["--model.optimizer.directions", "guassian"], r"directions must be one of.*got 'guassian'"),
     "update without unit norm": (["--model.optimizer.update", "sgd"], r"AdaNAGED needs steps of unit norm"),

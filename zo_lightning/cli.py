@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,13 +11,16 @@ from jsonargparse import Namespace, auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import zo_lightning.data
 import zo_lightning.modules  # noqa: F401  (both imported so that their classes are found by their bare names)
-from zo_lightning.callbacks import Forecast, MetricsTable, PredictionWriter, SpacedValidation, ZOProgressBar
+from zo_lightning.callbacks import Forecast, MetricsTable, PredictionWriter, ResumeCheckpoint, SpacedValidation, ZOProgressBar
 from zo_lightning.commands import COMMANDS, command
 from zo_lightning.console import one_line_errors, quiet
+from zo_lightning.loggers import ResumableCSVLogger
 
 __all__ = ["ZOCLI", "cli", "main"]
 
@@ -35,9 +39,16 @@ class ZOCLI(LightningCLI):
     """Lightning's CLI with this package's defaults.
 
     Besides what the configuration lists under ``trainer.callbacks`` each run has a checkpoint of the best validation loss
-    (``--checkpoint.*``), validations spaced over the run (``--validation.times``), a progress bar, a forecast, a final table,
-    and a ``metrics.csv`` under ``--trainer.default_root_dir``.
+    (``--checkpoint.*``) and one to go on from (``--resume.*``), validations spaced over the run (``--validation.times``), a
+    progress bar, a forecast, a final table, and a ``metrics.csv`` under ``--trainer.default_root_dir``.
+
+    ``--ckpt_path best`` and ``--ckpt_path last`` are the newest of these checkpoints under the root folder. ``fit --ckpt_path
+    last`` goes on in the folder of that run, and starts a new one where there is none: the same command can be given until the
+    run is done. Any other checkpoint starts a run in a folder of its own.
     """
+
+    _checkpoint: str | None = None
+    _version: int | None = None  # of the log folder to go on in
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that are not Lightning's."""
@@ -49,6 +60,7 @@ class ZOCLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,  # a better one takes the place of the best
             }
         )
+        parser.add_class_arguments(ResumeCheckpoint, "resume")
         parser.add_class_arguments(SpacedValidation, "validation")
         parser.add_argument("--tensorboard", type=bool, default=False, help="Log for TensorBoard too.")
 
@@ -58,16 +70,40 @@ class ZOCLI(LightningCLI):
         self._checkpoint = self._options.pop("ckpt_path", None)
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint that ``--ckpt_path best`` means: the newest kept under the root folder."""
-        if self._checkpoint == "best":
-            root = Path(self._options["trainer"]["default_root_dir"] or Path.cwd())
-            folders = ("checkpoints", "lightning_logs/*/checkpoints")  # without and with a logger
-            found = [path for folder in folders for path in root.glob(f"{folder}/best.ckpt")]
-            if not found:
-                raise FileNotFoundError(f"--ckpt_path best: no checkpoints/best.ckpt under {str(root)!r}; run fit first")
-            self._checkpoint = str(max(found, key=lambda path: path.stat().st_mtime))
+        """Find the checkpoint that ``--ckpt_path best`` or ``last`` means: the newest kept under the root folder.
+
+        Raises:
+            FileNotFoundError: If there is none, unless it is to go on from.
+        """
+        if self._checkpoint in ("best", "last"):
+            name = self._checkpoint
+            found = self._newest(name)
+            if found is None and (name == "best" or self.subcommand != "fit"):
+                raise FileNotFoundError(
+                    f"--ckpt_path {name}: no checkpoints/{name}.ckpt under {str(self._root)!r}; run fit first"
+                )
+            if found is None:
+                rank_zero_info(f"--ckpt_path last: there is none under {str(self._root)!r}, so the run starts afresh")
+            elif name == "last" and self.subcommand == "fit":
+                _, _, version = found.parent.parent.name.partition("version_")
+                self._version = int(version) if version.isdigit() else None
+            self._checkpoint = None if found is None else str(found)
         if self.subcommand is not None:
             self._options["ckpt_path"] = self._checkpoint
+
+    def _newest(self, name: str) -> Path | None:
+        """The newest checkpoint of that name, in the folder given for it or in those of all runs."""
+        options = self._options["checkpoint" if name == "best" else "resume"]
+        folders = [self._root / "checkpoints", *self._root.glob("lightning_logs/*/checkpoints")]  # without and with a logger
+        if options["dirpath"]:
+            folders.append(Path(options["dirpath"]))
+        file = f"{name if name == 'best' else options['filename']}.ckpt"
+        found = [folder / file for folder in folders if (folder / file).is_file()]
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+    @property
+    def _root(self) -> Path:
+        return Path(self._options["trainer"]["default_root_dir"] or Path.cwd())
 
     @property
     def _options(self) -> Namespace:
@@ -83,11 +119,13 @@ class ZOCLI(LightningCLI):
         callbacks += [config["validation"], Forecast(), MetricsTable(), PredictionWriter()]
         if trainer["enable_checkpointing"] is not False:
             callbacks.append(config["checkpoint"])
+            if not any(isinstance(callback, ResumeCheckpoint) for callback in callbacks):
+                callbacks.insert(0, config["resume"])
         if trainer["enable_progress_bar"] is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(ZOProgressBar())
         if trainer["logger"] in (None, True):
             root = trainer["default_root_dir"] or Path.cwd()
-            kwargs["logger"] = [CSVLogger(root)]
+            kwargs["logger"] = [ResumableCSVLogger(root, version=self._version)]
             if config["tensorboard"]:
                 kwargs["logger"].append(TensorBoardLogger(root, version=kwargs["logger"][0].version))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
@@ -131,4 +169,11 @@ def main(args: ArgsType = None) -> None:
             told = {"prog": f"zo-lightning {name}", "description": f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."}
             auto_cli(command(name), args=options, parser_class=ZOParser, as_positional=False, **told)
         else:
-            cli(args)
+            try:
+                cli(args)
+            except SIGTERMException:  # whose exit code is 0, as if the run were done
+                raise SystemExit(128 + signal.SIGTERM) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,10 @@ import pytest
 import zo_lightning
 
 ROOT = Path(zo_lightning.__file__).parent
-HEIGHT = {"optim": 0, "data": 1, "loggers": 1, "strategies": 1, "callbacks": 2, "modules": 2, "commands": 3, "cli": 4}
+HEIGHT = {
+    **{"optim": 0, "data": 1, "ledger": 1, "loggers": 1, "strategies": 1},
+    **{"callbacks": 2, "modules": 2, "commands": 3, "cli": 4},
+}
 """A layer may import those of a smaller height, and itself; callbacks and modules are neighbours."""
 
 

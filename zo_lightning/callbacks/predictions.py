@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
@@ -30,13 +31,18 @@ class PredictionWriter(BasePredictionWriter):
         """Write the file."""
         batches = [batch for batch in predictions if isinstance(batch, list)]
         rows = [dict(row) for batch in batches for row in batch if isinstance(row, dict) and "index" in row]
-        if not rows:
+        if trainer.world_size > 1:
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, rows)
+            rows = [row for part in parts for row in part]
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks the other processes
+        if not rows or not trainer.is_global_zero:
             return
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         for row in rows:
             if names is not None and "prediction" in row:
                 row["class_name"] = names[row["prediction"]]
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl"
+        path = folder / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(row, ensure_ascii=False) for row in sorted(rows, key=lambda row: row["index"]))
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -40,7 +40,7 @@ class MetricsTable(Callback):
             return
         if not trainer.sanity_checking:
             self.history.append((trainer.global_step, metrics))
-        elif trainer.num_sanity_val_steps == float("inf"):
+        elif trainer.num_sanity_val_steps == float("inf") and not self.before:  # a resumed run has it from the checkpoint
             self.before = metrics
         else:
             return

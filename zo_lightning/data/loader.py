@@ -38,7 +38,9 @@ class ResumableDataLoader(DataLoader[Any]):
         return int(getattr(getattr(self.batch_sampler, "sampler", None), "epoch", 0))
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and the number of its batches that were handed out."""
+        """The epoch, and the number of its batches that were handed out; what was loaded, until the next iteration begins."""
+        if self._resume is not None:
+            return dict(self._resume)
         return {"epoch": self._epoch, "batches": self._handed_out}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

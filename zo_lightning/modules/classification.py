@@ -167,7 +167,7 @@ class CausalLMClassificationModule(LanguageModelModule):
         loss = classification_losses(scores, label).mean()
         metrics.update(scores.argmax(dim=1), label)
         # Lightning weights the mean over batches by their sizes
-        self.log(f"{prefix}/loss", loss, on_epoch=True, batch_size=label.numel())
+        self.log(f"{prefix}/loss", loss, on_epoch=True, batch_size=label.numel(), sync_dist=True)
         self.log_dict(metrics, on_epoch=True, batch_size=label.numel())
 
     def _scored_logits(self, batch: Mapping[str, Tensor]) -> Tensor:

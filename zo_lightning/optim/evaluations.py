@@ -88,15 +88,13 @@ class Gathered:
     """What is known of a step before it is taken, while the parts of its batch come in.
 
     Attributes:
-        began_written: Whether no update was pending when the first part was probed.
-        forwards: Batch losses evaluated before it.
+        forwards: Batch losses evaluated before the first part was probed.
         want_curvature: Whether the step rule wants to know the curvature.
         multipliers: What to multiply each group's ``lr`` by.
         losses: The losses so far.
         parts: The number of parts that they are of.
     """
 
-    began_written: bool
     forwards: int
     want_curvature: bool = False
     multipliers: list[float] = field(default_factory=list)

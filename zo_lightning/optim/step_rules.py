@@ -25,8 +25,8 @@ class StepReport:
         rates: The same of each parameter group, schedulers included.
         smoothing: Smoothing radius τ of the probes.
         forwards: Batch losses that the step evaluated.
-        began_written: Whether no update was pending when the step began: all of it was in the weights.
-        ended_written: The same when it ended.
+        began_written: Whether no update was pending when this one was taken: all of them were in the weights.
+        ended_written: The same after it.
     """
 
     step: int

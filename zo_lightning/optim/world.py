@@ -25,7 +25,7 @@ class World:
         self._buffers: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
         if module is not None:
             self._buffers = [
-                (owner._buffers, name, buffer, buffer.detach().clone())
+                (owner._buffers, name, buffer, _once(buffer.detach()).clone())
                 for owner in module.modules()
                 for name, buffer in owner._buffers.items()
                 if buffer is not None
@@ -56,5 +56,15 @@ class World:
     def restore_buffers(self) -> None:
         """Put back the buffers alone, so that the random state goes on as after one evaluation."""
         for owned, name, buffer, copy in self._buffers:
-            buffer.copy_(copy)
+            _once(buffer).copy_(copy)
             owned[name] = buffer  # a forward may have put another tensor in its place
+
+
+def _once(buffer: Tensor) -> Tensor:
+    """A view with every element of the memory once: an expanded tensor cannot be written."""
+    if buffer.layout is not torch.strided:
+        return buffer
+    for dim, stride in enumerate(buffer.stride()):
+        if stride == 0 and buffer.shape[dim] > 1:
+            buffer = buffer.narrow(dim, 0, 1)
+    return buffer

@@ -181,9 +181,10 @@ class ZerothOrder(AttachableOptimizer):
             report = gathered.losses.report(self.step_index, head["smoothing"], head["sides"], self.ranks)
             report.rates = [group["lr"] * by for group, by in zip(self.param_groups, gathered.multipliers, strict=True)]
             report.lr, report.smoothing = report.rates[0], head["smoothing"]
-            report.began_written = gathered.began_written
+            report.began_written = not path.dirty  # now: it may have been written between two parts of the batch
             with deferred_interrupt():  # the step's index moves on with the weights
                 self._move(report)
+                self.last = report
         finally:
             path.end()
             self._show()
@@ -191,8 +192,8 @@ class ZerothOrder(AttachableOptimizer):
         report.forwards = head["forwards"] - gathered.forwards
         if self.step_rule is not None:
             self.step_rule.after_step(report)
-        self.last = report
-        return gathered.losses.loss()
+        loss = gathered.losses.loss()
+        return loss if self.ranks.size == 1 else loss.new_tensor(report.loss)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -255,7 +256,7 @@ class ZerothOrder(AttachableOptimizer):
 
     def _nothing_gathered(self) -> Gathered:
         multipliers = [1.0] * len(self.param_groups)
-        return Gathered(not self._path.dirty, self.param_groups[0]["forwards"], multipliers=multipliers)
+        return Gathered(self.param_groups[0]["forwards"], multipliers=multipliers)
 
     def _take_in(self, evaluator: Evaluator, fresh: Gathered) -> Evaluations:
         """Probe on a batch or a part of it, and add its losses to what is gathered for the step, at first nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -15,7 +16,7 @@ class StrategyRanks(Ranks):
     """The processes of a strategy that keeps all weights on each.
 
     Args:
-        strategy: Gathers the numbers.
+        strategy: Knows the processes, whose default group gathers the numbers.
         split: Whether each process probes along directions of its own.
 
     Attributes:
@@ -30,7 +31,11 @@ class StrategyRanks(Ranks):
     def gather(self, values: Tensor) -> Tensor:
         """See :meth:`Ranks.gather`; one collective."""
         self.bytes_sent += values.numel() * values.element_size()
-        return self.strategy.all_gather(values.to(self.strategy.root_device)).view(self.size, -1).to(values.device)
+        mine = values.to(self.strategy.root_device)
+        table = mine.new_empty(self.size, mine.numel())
+        # not the strategy's own all_gather, which goes through a part of torch that warns of its end
+        torch.distributed.all_gather(list(table), mine)
+        return table.to(values.device)
 
 
 def ranks_of(strategy: Strategy) -> Ranks:
@@ -53,5 +58,5 @@ def join(optimizer: ZerothOrder, strategy: Strategy) -> None:
     """Let an optimizer take its steps with the other processes of ``strategy``, with the first one's seed."""
     optimizer.ranks = ranks_of(strategy)
     seed = strategy.broadcast(optimizer.param_groups[0]["seed"])
-    for group in optimizer.param_groups:
+    for group in (optimizer.defaults, *optimizer.param_groups):  # the defaults are for groups that are added later
         group["seed"] = seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -18,11 +19,12 @@ class ZODDPStrategy(DDPStrategy):
     The weights are broadcast once. The module is not wrapped in ``DistributedDataParallel``, whose buckets take the memory
     of all gradients. What the processes tell each other is the optimizer's: some ten numbers per step. Each evaluates its
     own part of the data along the same directions, so that a step is that of the joint batch, and all weights stay equal bit
-    for bit. The registered names ``zo_ddp_spawn``, ``zo_ddp_fork`` and ``zo_ddp_notebook`` start processes as ``ddp_spawn``
-    and its kin do.
+    for bit. Buffers that training changes (running statistics) are each process's own; before a validation and at the end
+    of training all take those of the first, which are the ones that a checkpoint holds. The registered names
+    ``zo_ddp_spawn``, ``zo_ddp_fork`` and ``zo_ddp_notebook`` start processes as ``ddp_spawn`` and its kin do.
 
     Args:
-        split_directions: Each process probes along a direction of its own, and a step averages over all of them: more
+        split_directions: Each process probes along directions of its own, and a step averages over all of them: more
             directions for the same forwards, each from a smaller batch.
         **kwargs: See :class:`~lightning.pytorch.strategies.DDPStrategy`.
     """
@@ -34,10 +36,25 @@ class ZODDPStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Take the first process's weights and buffers, and wrap nothing."""
         assert self.model is not None
-        with torch.no_grad():
-            for tensor in chain(self.model.parameters(), self.model.buffers()):
-                if not tensor.is_meta:
-                    _broadcast(tensor.detach())
+        self._take(chain(self.model.parameters(), self.model.buffers()))
+
+    def on_validation_start(self) -> None:
+        """Validate with the first process's buffers."""
+        self._take_buffers()
+
+    def on_train_end(self) -> None:
+        """End with the first process's buffers."""
+        self._take_buffers()
+
+    def _take_buffers(self) -> None:
+        assert self.model is not None
+        self._take(self.model.buffers())
+
+    @torch.no_grad()
+    def _take(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if not tensor.is_meta and tensor.numel():
+                _broadcast(tensor.detach(), self.root_device)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -51,9 +68,12 @@ class ZODDPStrategy(DDPStrategy):
             )
 
 
-def _broadcast(tensor: Tensor) -> None:
-    """As bytes: not every backend knows every dtype."""
-    whole = tensor.contiguous()
+def _broadcast(tensor: Tensor, device: torch.device) -> None:
+    """As bytes, on the device that the backend knows: not every backend knows every dtype."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0:  # expanded: one element in memory
+            tensor = tensor.narrow(dim, 0, 1)
+    whole = tensor.to(device).contiguous()
     torch.distributed.broadcast(whole.view(-1).view(torch.uint8), src=0)
     if whole.data_ptr() != tensor.data_ptr():
         tensor.copy_(whole)
