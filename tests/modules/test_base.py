@@ -176,3 +176,26 @@ def test_bfloat16_mixed_precision_probes_see_their_displacement(probes, tmp_path
 def test_loss_must_be_defined(tmp_path):
     with pytest.raises(NotImplementedError, match="ZOModule must define `loss"):
         ZOModule().loss(None)
+
+
+def test_running_statistics_move_once_per_batch(tmp_path):
+    """As by one forward of the batch: the first layer is batch normalisation, so that the displacement plays no part."""
+
+    class Normed(Quadratic):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(5)
+
+        def loss(self, batch):
+            x, y = batch
+            return (self.net(self.norm(x)) - y).square().mean()
+
+    module = Normed()
+    by_hand = torch.nn.BatchNorm1d(5)
+    batches = loader()
+    trainer(tmp_path, max_steps=3).fit(module, batches)
+    for x, _ in list(batches)[:3]:
+        by_hand(x)
+    assert int(module.norm.num_batches_tracked) == 3
+    torch.testing.assert_close(module.norm.running_mean, by_hand.running_mean, rtol=0, atol=0)
+    torch.testing.assert_close(module.norm.running_var, by_hand.running_var, rtol=0, atol=0)

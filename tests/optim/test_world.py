@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from zo_lightning.optim.world import World
+from zo_lightning.optim.world import BufferChanges, World
 
 BUFFERS = {
     "float": lambda: torch.randn(3, 2),
@@ -49,3 +49,43 @@ def test_random_numbers_come_back():
     with world.kept():
         torch.rand(5)
     assert torch.equal(torch.rand(3), first)
+
+
+class Counting(nn.Module):
+    """Buffers that a forward writes, replaces, and leaves alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("written", torch.zeros(2))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("made", None)
+        self.norm = nn.BatchNorm1d(2)
+        self.instance = nn.InstanceNorm1d(2, track_running_stats=True)
+        self.frozen = nn.BatchNorm1d(2).eval()
+
+    def forward(self, x):
+        self.written += 1
+        self.replaced = self.replaced + 2
+        self.made = torch.ones(1)
+        self.instance(x.unsqueeze(2).expand(-1, -1, 3) * torch.arange(3))
+        return self.norm(self.frozen(x))
+
+
+def test_the_changes_of_one_evaluation_are_made_after_all():
+    torch.manual_seed(0)
+    module, once = Counting(), Counting()
+    x = torch.randn(8, 2)
+    once(x)
+    world = World(module, [])
+    changes = BufferChanges(module)
+    module(x)
+    changes.take()
+    world.restore_buffers()
+    module(x + 1)
+    world.restore_buffers()
+    changes.make(torch.tensor(torch.nan))
+    assert torch.equal(module.written, torch.zeros(2))
+    changes.make(torch.tensor(1.0))
+    assert dict(module.named_buffers()).keys() == dict(once.named_buffers()).keys()
+    for (name, ours), theirs in zip(module.named_buffers(), once.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name

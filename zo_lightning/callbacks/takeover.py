@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,6 +18,7 @@ from torch import Tensor
 from zo_lightning.callbacks.muting import muted
 from zo_lightning.callbacks.schedule import Schedule
 from zo_lightning.optim import GeometryMap, StepRule, ZerothOrder
+from zo_lightning.optim.world import BufferChanges
 from zo_lightning.strategies import join, ranks_of
 
 __all__ = ["TakeOver", "give_rule", "refuse"]
@@ -117,15 +117,14 @@ class TakeOver:
         assert optimizer is not None
         assert self._schedule is not None
         output: Any = None
-        seen = False
-        buffers: list[tuple[Tensor, Tensor]] = []
+        changes: BufferChanges | None = None
 
         def closure() -> Tensor:
-            nonlocal output, seen
-            if optimizer.probing and not seen:
-                seen = True
+            nonlocal output, changes
+            if optimizer.probing and changes is None:
+                changes = BufferChanges(self._module)
                 output = original(*args, **kwargs)
-                buffers.extend((buffer, buffer.detach().clone()) for buffer in self._module.buffers())
+                changes.take()
                 return _loss(output)
             with muted(self._trainer, self._module):
                 return _loss(original(*args, **kwargs))
@@ -133,12 +132,11 @@ class TakeOver:
         if optimizer.progress[1] == 0:
             self._schedule.apply(optimizer)
         try:
-            optimizer.accumulate(closure)
+            loss = optimizer.accumulate(closure)
         except _NoLoss:
             return None
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        if changes is not None:
+            changes.make(loss)
         return output
 
     def backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -17,6 +17,7 @@ from zo_lightning.data import repeat_batch
 from zo_lightning.modules.errors import ModelError
 from zo_lightning.optim import GeometryMap, ZerothOrder
 from zo_lightning.optim.groups import GeometrySpec
+from zo_lightning.optim.world import BufferChanges
 from zo_lightning.strategies import join, ranks_of
 
 __all__ = ["ZOModule"]
@@ -136,13 +137,26 @@ class ZOModule(LightningModule):
     # no_grad rather than inference_mode: buffers made here are changed later
     @torch.no_grad()
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One step of the optimizer; logs ``train/loss``, the mean loss at the probes."""
+        """One step of the optimizer; logs ``train/loss``, the mean loss at the probes.
+
+        Buffers that the forward changes (running statistics) change once, as by the evaluation at the step's first point.
+        """
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        zeroth_order = optimizer.optimizer
+        assert isinstance(zeroth_order, ZerothOrder)
         closure, stacked = self.closures(batch)
         examples = 1
+        changes: BufferChanges | None = None
 
         def counted() -> Tensor:
-            nonlocal examples
+            nonlocal examples, changes
+            first = changes is None and zeroth_order.probing
+            if first:
+                changes = BufferChanges(self)
             losses = closure()
+            if first and changes is not None:
+                changes.take()
             examples = losses.numel()
             return losses
 
@@ -152,13 +166,13 @@ class ZOModule(LightningModule):
             examples = 1 if losses is None else losses.numel() // copies
             return losses
 
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
         complete = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         if complete:
             loss = optimizer.step(counted, stacked=counted_stack)
         else:
-            loss = optimizer.optimizer.accumulate(counted, stacked=counted_stack)  # type: ignore[attr-defined]
+            loss = zeroth_order.accumulate(counted, stacked=counted_stack)
+        if changes is not None:
+            changes.make(loss)
         self.log("train/loss", loss, prog_bar=True, batch_size=examples)
         if complete:
             self._step_lr_schedulers("step", self.trainer.global_step)

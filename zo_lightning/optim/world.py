@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["World"]
+__all__ = ["BufferChanges", "World"]
 
 
 class World:
@@ -58,6 +59,43 @@ class World:
         for owned, name, buffer, copy in self._buffers:
             _once(buffer).copy_(copy)
             owned[name] = buffer  # a forward may have put another tensor in its place
+
+
+class BufferChanges:
+    """What one evaluation does to a module's buffers (running statistics), to be done for good once all are over.
+
+    Args:
+        module: The module, before the evaluation.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._before = [
+            (owner, [(name, buffer, _version(buffer)) for name, buffer in owner._buffers.items()])
+            for owner in module.modules()
+            if owner._buffers
+        ]
+        self._changes: list[tuple[dict[str, Tensor | None], str, Tensor | None, Tensor | None]] = []
+
+    def take(self) -> None:
+        """The evaluation is over, and its changes are still there."""
+        for owner, before in self._before:
+            owned = owner._buffers
+            # torch's normalisation writes its statistics without telling autograd
+            if isinstance(owner, _NormBase) or any(owned.get(n) is not b or _version(b) != v for n, b, v in before):
+                self._changes += [(owned, n, b, None if b is None else _once(b.detach()).clone()) for n, b in owned.items()]
+
+    def make(self, loss: Tensor) -> None:
+        """Make them, after all evaluations have been undone; not if ``loss`` tells that they may be infinite."""
+        if not self._changes or not bool(loss.isfinite().all()):
+            return
+        for owned, name, buffer, value in self._changes:
+            if buffer is not None and value is not None:
+                _once(buffer.detach()).copy_(value)
+            owned[name] = buffer
+
+
+def _version(buffer: Tensor | None) -> int:
+    return 0 if buffer is None or buffer.is_inference() else buffer._version
 
 
 def _once(buffer: Tensor) -> Tensor:
