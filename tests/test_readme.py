@@ -74,8 +74,9 @@ def test_the_python_examples(tmp_path, monkeypatch):
     """They follow one another, and training lowers the loss."""
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    subclass, plain = blocks("python")
+    subclass, callback, plain = blocks("python")
     exec(subclass, names)
+    exec(callback, names)
     exec(plain, names)
     x, net = names["x"], names["net"]
     assert (net(x) - x.sum(1, keepdim=True)).square().mean() < 4.0  # at first it is 8 to 10
