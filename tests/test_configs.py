@@ -116,7 +116,7 @@ def test_runs(path, tiny_opt, tmp_path):
 RIGHT = 1
 
 
-def save_rows(task: ClassificationTask, folder: Path, label: int | None) -> None:
+def save_rows(task: ClassificationTask, folder: Path, label: int | None = None) -> None:
     """Rows with the columns of ``task``, of one label or of all: enough for the 100 development rows of CB."""
     folder.mkdir()
     for split, count in (("train", 130), ("validation", 6)):
