@@ -209,6 +209,13 @@ def test_a_loss_that_every_change_lowers_is_calibrated_by_the_size_of_its_change
 
 
 @pytest.mark.parametrize("overflow", [math.inf, math.nan])
+def test_a_loss_that_is_lowered_until_it_overflows_is_calibrated_likewise(overflow):
+    rule = ParameterFree(100)
+    rule.before_step(0, Landscape(1.0, lambda t: -t * t / 2 if abs(t) < 1 else overflow))
+    assert rule.curvature == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("overflow", [math.inf, math.nan])
 def test_an_overflowing_direction_counts_as_a_rise_and_not_as_a_curvature(overflow):
     rule = ParameterFree(100)
     rule.before_step(0, Landscape(1.0, lambda t: overflow, parabola(2.0), parabola(2.0)))

@@ -43,9 +43,9 @@ class AdaNAGED(Callback):
 
     Note:
         Between two evaluations only what :func:`~zo_lightning.callbacks.muting.muted` lists is put back: a ``training_step``
-        that writes a file does so at every evaluation. In a module that is taken over the update may reach the weights
-        some steps late (forwards, ``state_dict`` and checkpoints hold it all the same), unless the module or a callback has a
-        hook that runs between two steps: then it is written at once.
+        that writes a file, or counts in an object of a class of its own, does so at every evaluation. In a module that is
+        taken over the update may reach the weights some steps late (forwards, ``state_dict`` and checkpoints hold it all the
+        same), unless the module or a callback has a hook that runs between two steps: then it is written at once.
 
     Args:
         f_low: A lower bound of the loss; 0 for cross-entropy.

@@ -16,6 +16,7 @@ __all__ = ["muted"]
 
 _PLAIN = (bool, int, float, str, type(None))
 _CONTAINERS = (list, dict, set, deque)
+_FEW = 100  # entries of a list up to which tensors in it may be counters, rather than outputs that are collected
 # what every module has, and what Lightning keeps of its own in one
 _NOT_THE_USERS = set(vars(nn.Module())) | set(vars(LightningModule()))
 
@@ -25,8 +26,9 @@ def muted(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Within this context what the module logs is lost, and afterwards its metrics and its own attributes are what they were.
 
     That is ``self.log`` and ``self.log_dict``, the loggers (as in ``self.logger.experiment.add_image(...)``), torchmetrics
-    anywhere in the module, and the numbers, tensors and containers among the LightningModule's attributes (as in
-    ``self.outputs.append(loss)``). Buffers are the optimizer's affair.
+    anywhere in the module, and the numbers, tensors and containers, nested ones too, among the LightningModule's attributes (as
+    in ``self.outputs.append(loss)``). Tensors in a list of more than a hundred are taken for outputs that nobody changes in
+    place. Buffers are the optimizer's affair.
 
     Args:
         trainer: Whose loggers are silent.
@@ -34,17 +36,17 @@ def muted(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """
     owners = [m for m in module.modules() if isinstance(m, (Metric, MetricCollection))]
     kept = [_Kept(module, _NOT_THE_USERS), *(_Kept(owner, set(vars(nn.Module()))) for owner in owners)]
-    names = [name for name in ("log", "log_dict") if name not in vars(module)]
+    own: dict[str, Any] = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
     loggers = trainer.loggers
-    for name in names:
-        vars(module)[name] = _nothing
+    vars(module).update(log=_nothing, log_dict=_nothing)
     trainer.loggers = [DummyLogger()] if loggers else []
     try:
         yield
     finally:
         trainer.loggers = loggers
-        for name in names:
+        for name in ("log", "log_dict"):
             vars(module).pop(name, None)
+        vars(module).update(own)
         for attributes in kept:
             attributes.put_back()
 
@@ -63,25 +65,37 @@ class _Kept:
 
     def __init__(self, owner: nn.Module, others: set[str]) -> None:
         self._owner, self._others = owner, others
-        self._values = {name: (value, _copy(value)) for name, value in self._looked_at().items()}
+        self._values = self._looked_at()
+        self._notes: dict[int, tuple[Any, Any]] = {}
+        for value in self._values.values():
+            _note(value, self._notes)
 
     def _looked_at(self) -> dict[str, Any]:
-        kinds = (*_PLAIN, *_CONTAINERS, Tensor)
+        kinds = (*_PLAIN, *_CONTAINERS, tuple, Tensor)
         return {k: v for k, v in vars(self._owner).items() if k not in self._others and isinstance(v, kinds)}
 
     def put_back(self) -> None:
         """Give every attribute its value, in the same object: others may refer to it."""
+        for value, copy in self._notes.values():
+            _restore(value, copy)
         for name in self._looked_at().keys() - self._values.keys():
             del vars(self._owner)[name]
-        for name, (value, copy) in self._values.items():
-            _restore(value, copy)
-            vars(self._owner)[name] = value
+        vars(self._owner).update(self._values)
 
 
-def _copy(value: Any) -> Any:
+def _note(value: Any, notes: dict[int, tuple[Any, Any]]) -> None:
+    """Copy whatever can be changed in place, at every depth: each object once, so that what refers to it still does."""
+    if id(value) in notes:
+        return
     if isinstance(value, Tensor):
-        return value.detach().clone()
-    return value.copy() if isinstance(value, _CONTAINERS) else value
+        notes[id(value)] = value, value.detach().clone()
+    elif isinstance(value, _CONTAINERS):
+        notes[id(value)] = value, value.copy()
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, (list, deque, tuple)) else ()
+    collected = isinstance(value, (list, deque)) and len(value) > _FEW
+    for entry in entries:
+        if isinstance(entry, (*_CONTAINERS, tuple)) or (isinstance(entry, Tensor) and not collected):
+            _note(entry, notes)
 
 
 def _restore(value: Any, copy: Any) -> None:

@@ -9,8 +9,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -134,6 +136,11 @@ class TakeOver:
         try:
             loss = optimizer.accumulate(closure)
         except _NoLoss:
+            if changes is None:  # it was found out while getting ready, which leaves no trace
+                with torch.no_grad():
+                    original(*args, **kwargs)
+            else:
+                changes.make(torch.zeros(()))
             return None
         if changes is not None:
             changes.make(loss)
@@ -187,6 +194,11 @@ def _loss(output: Any) -> Tensor:
     loss = output["loss"] if isinstance(output, dict) else output
     if loss is None:
         raise _NoLoss
+    if isinstance(loss, Tensor) and loss.dtype in (torch.float16, torch.bfloat16):
+        rank_zero_warn(
+            f"training_step returns a loss in {loss.dtype}, too coarse for the small differences between the probes; compute "
+            "the loss in float32: loss_function(logits.float(), target)"
+        )
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(f"training_step must return a loss, a dictionary with one, or None, got {type(output)}")
     return loss

@@ -154,7 +154,7 @@ class AttachableOptimizer(torch.optim.Optimizer):
             raise ValueError(f"the checkpoint was made with directions {theirs}, this run has {ours}; use the same ones")
         self._check_names(state["param_groups"])
         super().load_state_dict(state)
-        self._resumed = self.step_index > 0
+        self._resumed = self.step_index > 0 or gathered is not None
         # torch casts floating-point state to the parameter's dtype: that loses bits of the buffers of half-precision weights
         indices = [index for group in state["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]

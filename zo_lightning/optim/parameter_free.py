@@ -255,6 +255,8 @@ class ParameterFree(StepRule):
         while tau <= _LAST_SMOOTHING:
             rises = self._rises(probe, tau, base)
             forwards += 2 * _CALIBRATION_DIRECTIONS
+            if changed is not None and not any(map(math.isfinite, rises)):
+                break  # it has never risen so far, only overflowed
             if statistics.median(rises) >= target:
                 half = self._rises(probe, tau / 2, base)
                 forwards += 2 * _CALIBRATION_DIRECTIONS

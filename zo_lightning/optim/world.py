@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +16,7 @@ __all__ = ["BufferChanges", "World"]
 
 
 class World:
-    """A snapshot of the global random state and of a module's buffers.
+    """A snapshot of the global random state (torch's, Python's and numpy's) and of a module's buffers.
 
     Args:
         module: Whose buffers to keep; None keeps the random state alone.
@@ -22,6 +25,7 @@ class World:
 
     def __init__(self, module: nn.Module | None, devices: Iterable[torch.device]) -> None:
         self._cpu = torch.get_rng_state()
+        self._python, self._numpy = random.getstate(), _numpy_state()
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in set(devices) if device.type == "cuda"}
         self._buffers: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
         if module is not None:
@@ -35,6 +39,9 @@ class World:
     def rewind(self) -> None:
         """Put back the random state and the buffers."""
         torch.set_rng_state(self._cpu)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy.random"].set_state(self._numpy)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
         self.restore_buffers()
@@ -51,7 +58,8 @@ class World:
     def moved(self) -> bool:
         """Whether random numbers have been drawn since the snapshot, or since it was put back."""
         now = {device: torch.cuda.get_rng_state(device) for device in self._cuda}
-        same = torch.equal(torch.get_rng_state(), self._cpu)
+        same = torch.equal(torch.get_rng_state(), self._cpu) and random.getstate() == self._python
+        same = same and _plain(_numpy_state()) == _plain(self._numpy)
         return not (same and all(torch.equal(now[device], state) for device, state in self._cuda.items()))
 
     def restore_buffers(self) -> None:
@@ -106,3 +114,13 @@ def _once(buffer: Tensor) -> Tensor:
         if stride == 0 and buffer.shape[dim] > 1:
             buffer = buffer.narrow(dim, 0, 1)
     return buffer
+
+
+def _numpy_state() -> Any:
+    """Of numpy's global generator; None where nobody has imported it."""
+    module = sys.modules.get("numpy.random")
+    return None if module is None else module.get_state()
+
+
+def _plain(state: Any) -> Any:
+    return None if state is None else [part if isinstance(part, (str, int, float)) else part.tobytes() for part in state]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def ranks_of(strategy: Strategy) -> Ranks:
     Raises:
         MisconfigurationException: If the strategy shards the weights, or is not known.
     """
-    if isinstance(strategy, DDPStrategy):
+    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):  # which is a subclass
         return StrategyRanks(strategy, split=getattr(strategy, "split_directions", False))
     if isinstance(strategy, SingleDeviceStrategy):
         return Alone()
