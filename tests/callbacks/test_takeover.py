@@ -56,9 +56,9 @@ def test_the_loss_falls_without_a_gradient(tmp_path, no_backward):
     module = seeded(Classifier)
     touched = [p.register_hook(lambda gradient: pytest.fail("a gradient came")) for p in module.parameters()]
     before = mean_loss(module.eval())
-    run(tmp_path, module.train(), steps=200)
+    run(tmp_path, module.train(), steps=600)
     after = mean_loss(module.eval())
-    assert after < 0.85 * before
+    assert after < 0.6 * before
     assert all(p.grad is None for p in module.parameters())
     for handle in touched:
         handle.remove()

@@ -254,7 +254,7 @@ def encoder_loss(module) -> float:
 def test_an_encoder_with_dropout(tmp_path):
     module = seeded(Encoder).train()
     before = encoder_loss(module)
-    zo = fit(tmp_path, module.train(), 80, data=DataLoader(TensorDataset(*sentences()), batch_size=32))
+    zo = fit(tmp_path, module.train(), 600, data=DataLoader(TensorDataset(*sentences()), batch_size=32))
     assert encoder_loss(module) < 0.9 * before
     geometries = {group["geometry"] for group in zo.optimizer.param_groups}
     assert geometries == {"spectral", "sign"}
