@@ -494,14 +494,14 @@ def test_switched_off_on_exceptions(tmp_path):
 # ---- the file ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("where", ["save", "rename"])
 def test_crash_while_saving_leaves_the_old_file(where, whole, tmp_path, monkeypatch, caplog):
-    """The disk is full, or the process dies before the new file has its name."""
+    """The process dies while it writes, or before the new file has its name."""
     write, rename = torch.save, os.replace
     count = []
 
     def broken(source, target, **keywords):
         count.append(where == "save" or str(target).endswith("last.ckpt"))
         if sum(count) > 1:
-            raise OSError("No space left on device")
+            raise RuntimeError("the process dies")
         return (write if where == "save" else rename)(source, target, **keywords)
 
     with monkeypatch.context() as patch:
@@ -509,12 +509,36 @@ def test_crash_while_saving_leaves_the_old_file(where, whole, tmp_path, monkeypa
             patch.setattr(torch, "save", broken)
         else:
             patch.setattr(os, "replace", broken)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(RuntimeError, match="the process dies"):
             run(tmp_path, every_n_steps=5)
     assert stored(tmp_path)["global_step"] == 5
     run(tmp_path, resume=True)
     check_same(tmp_path, whole)
     assert [path.name for path in (tmp_path / "log" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_a_full_disk_does_not_stop_the_run(whole, tmp_path, monkeypatch):
+    """It is said, and tried again when the next save is due."""
+    write, count = torch.save, []
+
+    def full_once(*arguments, **keywords):
+        count.append(1)
+        if len(count) == 2:
+            raise OSError("No space left on device")
+        return write(*arguments, **keywords)
+
+    monkeypatch.setattr(torch, "save", full_once)
+    with pytest.warns(UserWarning, match=r"last\.ckpt could not be written, and the run goes on: OSError: No space left"):
+        run(tmp_path, every_n_steps=5)
+    assert len(count) > 2
+    check_same(tmp_path, whole)
+
+
+def test_an_unusable_folder_is_found_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    keep = ResumeCheckpoint(tmp_path / "file" / "folder")
+    with pytest.raises(OSError, match="file"):
+        keep.setup(trainer(tmp_path, callbacks=[keep]), None, "fit")
 
 
 def test_failure_to_save_does_not_hide_the_exception(tmp_path, monkeypatch, caplog):

@@ -109,10 +109,10 @@ class AdaNAGED(Callback):
         if self.total_steps is None and trainer.max_steps == -1 and trainer.max_epochs == _DEFAULT_EPOCHS:
             raise MisconfigurationException(
                 "the number of steps is not known: set max_steps (--trainer.max_steps) or max_epochs; "
-                "AdaNAGED(total_steps=...) overrides both"
+                "AdaNAGED(total_steps=...) overrides both, and is the way where 1000 epochs (Lightning's default) are meant"
             )
         self.rule = self._new_rule()  # a second fit starts afresh
-        self.optimizer = self._restored = self._kept = None
+        self.optimizer = self._restored = self._kept = self._takeover = None
         self._skipped = self._seen = 0
         if not isinstance(pl_module, ZOModule):
             refuse(trainer, pl_module, self)
@@ -146,8 +146,9 @@ class AdaNAGED(Callback):
         assert self.optimizer is not None
         self._seen = self.optimizer.step_index
         if self.total_steps is None:
-            steps = planned_steps(trainer)
-            self.rule.total_steps = None if steps == float("inf") else int(steps)
+            # steps that the Trainer has counted before this optimizer was made (a second `fit`) are not this run's
+            steps = planned_steps(trainer) - (trainer.global_step - self.optimizer.step_index)
+            self.rule.total_steps = None if steps == float("inf") else max(1, int(steps))
 
     # ---- each step -----------------------------------------------------------------------------------------------------
     def on_train_batch_end(
@@ -161,7 +162,8 @@ class AdaNAGED(Callback):
         report = self.optimizer.last
         assert report is not None
         self._skipped += not report.finite
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not every or trainer.global_step % every:  # 0: no logging, as in Trainer(barebones=True)
             return  # Lightning spends some half a millisecond on each value
         pl_module.log_dict({"zo/lr": report.lr, "zo/smoothing": report.smoothing}, prog_bar=True)
         pl_module.log_dict(

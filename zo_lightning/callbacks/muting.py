@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-__all__ = ["muted"]
+from zo_lightning.optim.world import each_once
+
+__all__ = ["Attributes", "muted"]
 
 _PLAIN = (bool, int, float, str, type(None))
 _CONTAINERS = (list, dict, set, deque)
@@ -34,8 +37,8 @@ def muted(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         trainer: Whose loggers are silent.
         module: The module.
     """
-    owners = [m for m in module.modules() if isinstance(m, (Metric, MetricCollection))]
-    kept = [_Kept(module, _NOT_THE_USERS), *(_Kept(owner, set(vars(nn.Module()))) for owner in owners)]
+    kept = Attributes(module)
+    rates = [(group, group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups if "lr" in group]
     own: dict[str, Any] = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
     loggers = trainer.loggers
     vars(module).update(log=_nothing, log_dict=_nothing)
@@ -47,7 +50,21 @@ def muted(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         for name in ("log", "log_dict"):
             vars(module).pop(name, None)
         vars(module).update(own)
-        for attributes in kept:
+        for group, rate in rates:
+            group["lr"] = rate
+        kept.put_back()
+
+
+class Attributes:
+    """What the metrics anywhere in a module, and its own attributes, are now."""
+
+    def __init__(self, module: LightningModule) -> None:
+        owners = [m for m in module.modules() if isinstance(m, (Metric, MetricCollection))]
+        self._kept = [_Kept(module, _NOT_THE_USERS), *(_Kept(owner, set(vars(nn.Module()))) for owner in owners)]
+
+    def put_back(self) -> None:
+        """Let them be that again."""
+        for attributes in self._kept:
             attributes.put_back()
 
 
@@ -71,7 +88,7 @@ class _Kept:
             _note(value, self._notes)
 
     def _looked_at(self) -> dict[str, Any]:
-        kinds = (*_PLAIN, *_CONTAINERS, tuple, Tensor)
+        kinds = (*_PLAIN, *_CONTAINERS, tuple, Tensor, np.ndarray)
         return {k: v for k, v in vars(self._owner).items() if k not in self._others and isinstance(v, kinds)}
 
     def put_back(self) -> None:
@@ -88,22 +105,32 @@ def _note(value: Any, notes: dict[int, tuple[Any, Any]]) -> None:
     if id(value) in notes:
         return
     if isinstance(value, Tensor):
-        notes[id(value)] = value, value.detach().clone()
-    elif isinstance(value, _CONTAINERS):
+        notes[id(value)] = value, each_once(value.detach()).clone()
+    elif isinstance(value, np.ndarray):
         notes[id(value)] = value, value.copy()
+    elif isinstance(value, _CONTAINERS):
+        plain = dict if isinstance(value, dict) else set if isinstance(value, set) else list
+        notes[id(value)] = value, plain(value)
     entries = value.values() if isinstance(value, dict) else value if isinstance(value, (list, deque, tuple)) else ()
     collected = isinstance(value, (list, deque)) and len(value) > _FEW
     for entry in entries:
-        if isinstance(entry, (*_CONTAINERS, tuple)) or (isinstance(entry, Tensor) and not collected):
+        if isinstance(entry, (*_CONTAINERS, tuple, np.ndarray)) or (isinstance(entry, Tensor) and not collected):
             _note(entry, notes)
 
 
 def _restore(value: Any, copy: Any) -> None:
     if isinstance(value, Tensor):
-        value.detach().copy_(copy)
+        each_once(value.detach()).copy_(copy)
+    elif isinstance(value, np.ndarray):
+        if value.flags.writeable:
+            value[...] = copy
     elif isinstance(value, (list, deque)):
         value.clear()
         value.extend(copy)
-    elif isinstance(value, (dict, set)):
+    elif isinstance(value, set):
         value.clear()
         value.update(copy)
+    elif isinstance(value, dict):
+        value.clear()
+        for key, entry in copy.items():  # not `update`, which transformers' outputs forbid
+            value[key] = entry

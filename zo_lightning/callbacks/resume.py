@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from zo_lightning.callbacks.boundary import (
@@ -96,6 +96,7 @@ class ResumeCheckpoint(Callback):
         self._saving: tuple[Boundary, dict[str, Any]] | None = None
         self._saved: int | None = None  # the step from which the file goes on
         self._due = False
+        self._stopped_early = False
         self._last_time, self._last_step = 0.0, 0
         self._interrupt = GentleInterrupt()
         self._stop = False  # whether all processes stop before the next step
@@ -112,6 +113,8 @@ class ResumeCheckpoint(Callback):
         self.path = os.path.join(trainer.strategy.broadcast(str(folder)), f"{self.filename}.ckpt")
         if trainer.is_global_zero and "://" not in self.path:
             Path(_unfinished(self.path)).unlink(missing_ok=True)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                Path(self.path).parent.mkdir(parents=True, exist_ok=True)  # rather than find out at the first save
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the loaders' states; they are needed if the first step fails."""
@@ -149,6 +152,15 @@ class ResumeCheckpoint(Callback):
         self._last_time = time.monotonic()
         self._foreign = any(not isinstance(loader, ResumableDataLoader) for loader in stateful_loaders(trainer))
         self._interrupt.install()
+        combined = trainer.fit_loop._combined_loader
+        if combined is not None and len(stateful_loaders(trainer)) < len(combined.flattened):
+            rank_zero_warn(
+                "a loader of the training batches has no state_dict, so that a resumed run sees its batches in another order; "
+                "use zo_lightning.data.ResumableDataLoader with a ShuffleSampler"
+            )
+        if self._loaded is not None and self._loaded.get("stopped_early") and _early_stopping(trainer):
+            trainer.should_stop = True  # Lightning would train for another epoch
+            rank_zero_info("EarlyStopping has ended this run; leave the callback out to go on")
 
     # ---- each step -----------------------------------------------------------------------------------------------------
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -168,7 +180,13 @@ class ResumeCheckpoint(Callback):
         stop = self._stop or (self._interrupt.pressed and trainer.world_size == 1)
         if (self._due or stop) and self._resumable(self._boundary):
             self._due = False
-            self._save(trainer, self._boundary)
+            try:
+                self._save(trainer, self._boundary)
+            except OSError as error:
+                if stop or trainer.world_size > 1:  # the other processes wait in the save
+                    raise
+                self._last_time = time.monotonic()
+                rank_zero_warn(f"{self.path} could not be written, and the run goes on: {type(error).__name__}: {error}")
         if stop:
             raise KeyboardInterrupt
 
@@ -196,6 +214,9 @@ class ResumeCheckpoint(Callback):
             KeyboardInterrupt: If Ctrl-C was pressed in the last step, after saving.
         """
         if self._boundary is not None:
+            self._stopped_early = trainer.should_stop and any(
+                callback.stopped_epoch or callback.wait_count >= callback.patience for callback in _early_stopping(trainer)
+            )
             self._save(trainer, Boundary.of(trainer, self._loaders, epoch_end=True))
             self._boundary = None
         self._interrupt.release()
@@ -255,7 +276,7 @@ class ResumeCheckpoint(Callback):
         if trainer.world_size > 1:
             rng = [None] * trainer.world_size
             torch.distributed.all_gather_object(rng, state["rng"])
-        self._saving = boundary, {**state, "rng": rng}
+        self._saving = boundary, {**state, "rng": rng, "stopped_early": self._stopped_early}
         try:
             _replace(partial(trainer.save_checkpoint, weights_only=False), self.path, trainer.is_global_zero)
         finally:
@@ -271,6 +292,10 @@ class ResumeCheckpoint(Callback):
         """Put the loops between two batches, and the loaders where they were there."""
         if self._saving is not None:
             checkpoint["loops"]["fit_loop"] = self._saving[0].loops_of(checkpoint["loops"]["fit_loop"])
+
+
+def _early_stopping(trainer: Trainer) -> list[EarlyStopping]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
 
 
 def _replace(save: Callable[[str], None], path: str, first: bool) -> None:

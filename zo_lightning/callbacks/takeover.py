@@ -11,13 +11,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from zo_lightning.callbacks.muting import muted
+from zo_lightning.callbacks.muting import Attributes, muted
 from zo_lightning.callbacks.schedule import Schedule
 from zo_lightning.optim import GeometryMap, StepRule, ZerothOrder
 from zo_lightning.optim.world import BufferChanges
@@ -47,6 +54,7 @@ class TakeOver:
         self._trainer, self._module = trainer, module
         self._schedule: Schedule | None = None
         self._eager = False
+        self._checked_in = -1  # an epoch
         self._before: dict[str, Any] = {}
         for name in ("training_step", "backward", "optimizer_step", "lr_scheduler_step"):
             if name in vars(module):
@@ -80,6 +88,7 @@ class TakeOver:
             raise MisconfigurationException(
                 "the module's optimizer has no parameter that requires a gradient: nothing to train"
             )
+        self._chosen, self._wanted = bool(chosen), {p for _, p in named}
         draft = make_optimizer(named)
         if not isinstance(draft, ZerothOrder):
             raise MisconfigurationException(f"AdaNAGED(optimizer=...) must make a ZerothOrder, got {type(draft).__name__}")
@@ -120,21 +129,32 @@ class TakeOver:
         assert self._schedule is not None
         output: Any = None
         changes: BufferChanges | None = None
+        after: Attributes | None = None
 
         def closure() -> Tensor:
-            nonlocal output, changes
+            nonlocal output, changes, after
             if optimizer.probing and changes is None:
                 changes = BufferChanges(self._module)
+                before = Attributes(self._module)
                 output = original(*args, **kwargs)
                 changes.take()
+                after = Attributes(self._module)
+                before.put_back()  # the other points see the module as this one did
                 return _loss(output)
             with muted(self._trainer, self._module):
                 return _loss(original(*args, **kwargs))
 
+        if self._checked_in != self._trainer.current_epoch:
+            self._check_parameters()
+            self._checked_in = self._trainer.current_epoch
         if optimizer.progress[1] == 0:
             self._schedule.apply(optimizer)
         try:
-            loss = optimizer.accumulate(closure)
+            try:
+                loss = optimizer.accumulate(closure)
+            finally:
+                if after is not None:
+                    after.put_back()
         except _NoLoss:
             if changes is None:  # it was found out while getting ready, which leaves no trace
                 with torch.no_grad():
@@ -145,6 +165,37 @@ class TakeOver:
         if changes is not None:
             changes.make(loss)
         return output
+
+    def _check_parameters(self) -> None:
+        """Refuse, in the middle of a run, what changes which parameters there are to train.
+
+        Raises:
+            MisconfigurationException: If one has been unfrozen, frozen or replaced.
+        """
+        assert self.optimizer is not None
+        name = type(self._module).__name__
+        chosen = {p for group in self._trainer.optimizers[0].param_groups for p in group["params"]}
+        trained = {p: n for n, p in self.optimizer.named_parameters().items()}
+        for n, p in self._module.named_parameters():
+            wanted = p.requires_grad and p in chosen if self._chosen else p.requires_grad
+            if wanted and p not in self._wanted:
+                raise MisconfigurationException(
+                    f"{n!r} of {name} has become trainable during the run, and AdaNAGED trains those parameters that were at "
+                    "its start; unfreeze it before, or go on in a second Trainer.fit"
+                )
+            if p in trained and not p.requires_grad:
+                raise MisconfigurationException(
+                    f"{n!r} of {name} has been frozen during the run; freeze it before, or go on in a second Trainer.fit"
+                )
+        owned = set(self._module.parameters())
+        lost = [n for p, n in trained.items() if p not in owned]
+        slots = self.optimizer._path.displacement.slots
+        lost += [trained[p] for m, key, p in slots if p in trained and m._parameters.get(key) is not p]
+        if lost:
+            raise MisconfigurationException(
+                f"{lost[0]!r} of {name} has been replaced during the run (by pruning, say) and would be trained no longer; "
+                "replace it before, or go on in a second Trainer.fit"
+            )
 
     def backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Nothing: there is no gradient."""
@@ -261,6 +312,16 @@ def refuse(trainer: Trainer, module: LightningModule, callback: Any) -> None:
         raise MisconfigurationException(
             "LearningRateFinder has nothing to find, since AdaNAGED needs no learning rate; remove it"
         )
+    for other in callbacks:
+        if isinstance(other, BatchSizeFinder):
+            raise MisconfigurationException(
+                f"{type(other).__name__} tries steps before AdaNAGED is ready; find the batch size with a Trainer of its own"
+            )
+        if isinstance(other, (BaseFinetuning, ModelPruning)):
+            raise MisconfigurationException(
+                f"{type(other).__name__} changes during the run which parameters there are to train, and AdaNAGED trains those "
+                "that were at its start; use one Trainer.fit for each stage"
+            )
     ranks_of(trainer.strategy)
 
 

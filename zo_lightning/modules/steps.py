@@ -23,6 +23,8 @@ def planned_steps(trainer: Trainer) -> int | float:
     ``trainer.estimated_stepping_batches`` is just that, but for what it cannot know: a module's own accumulation.
     """
     steps = trainer.estimated_stepping_batches  # also sets up the data loader
+    if steps < 0:  # the Trainer's max_steps=-1, for a loader without a length
+        steps = math.inf
     each = batches_per_step(trainer)
     if trainer.lightning_module.automatic_optimization or each == 1 or trainer.max_epochs in (None, -1):
         return steps

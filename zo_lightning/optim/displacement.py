@@ -24,6 +24,7 @@ from zo_lightning.optim.interrupts import deferred_interrupt
 from zo_lightning.optim.scaling import Activity
 from zo_lightning.optim.shown import METADATA, Shown
 from zo_lightning.optim.shown.base import replaced
+from zo_lightning.optim.world import generators_of
 
 __all__ = ["Displacement", "eager"]
 
@@ -43,6 +44,7 @@ class Displacement:
         activity: Sizes of the inputs and outputs of each parameter's module, seen there.
         slots: Modules, the names of their parameters there, and these parameters.
         batch_norms: The layers that may take statistics over the batch.
+        generators: Random number generators that the modules own.
 
     Raises:
         ValueError: If ``module`` does not own one of the parameters.
@@ -59,6 +61,7 @@ class Displacement:
         self.uses: dict[nn.Parameter, list[Any]] = {}
         self.activity: dict[nn.Parameter, Activity] = {}
         self.batch_norms = [m for m in module.modules() if isinstance(m, _BatchNorm)] if module is not None else []
+        self.generators = [] if module is None else generators_of(module)
         if module is None:
             return
         self.slots = [
@@ -104,6 +107,8 @@ class Displacement:
         with self._measured(), self._swapped(stand_ins), eager(), escapes:
             result = evaluate()
         self.uses = uses
+        if self.module is not None:
+            self.generators = generators_of(self.module)  # some are made in a first forward
         escaped = [p for p in self._names if p in escapes.found]
         unused = [p for p in self._names if not uses[p] and p not in escapes.found]
         self._in_place = escaped + unused

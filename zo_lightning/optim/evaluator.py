@@ -58,7 +58,7 @@ class Evaluator:
         count: Callable[[int], None],
     ) -> None:
         self._closure, self._stacked = closure, stacked
-        self._world = World(module, devices)
+        self._world = World(module, devices, displacement.generators)
         self._module, self._displacement = module, displacement
         self._count, self._insist = count, insist
         self._calls = 0

@@ -76,6 +76,10 @@ class Shown(Tensor):
         if Shown.met is not None:
             Shown.met.append(_met(args, kwargs))
         handler = cls.handlers.get(func)
+        if torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and not isinstance(x, Shown) and x.requires_grad for x in (*args, *kwargs.values())
+        ):
+            handler = None  # the closure differentiates with respect to its input: form the weight, as torch knows it
         if handler is not None:
             if torch.is_grad_enabled():  # by the closure: there is nothing to differentiate
                 with torch.no_grad():
