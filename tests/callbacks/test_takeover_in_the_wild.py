@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, EarlyStopping, ModelPruning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, IterableDataset
 
 from tests.callbacks.foreign import Classifier, batches, loader, make_trainer, seeded
@@ -177,11 +178,12 @@ def at_the_second_epoch(action):
 CHANGES = {
     "has become trainable during the run": lambda self: self.body[4].requires_grad_(True),
     "has been frozen during the run": lambda self: self.body[0].requires_grad_(False),
+    "body.0.weight' of .* has been replaced during the run": lambda self: prune.l1_unstructured(self.body[0], "weight", 0.3),
     "has been replaced during the run": lambda self: setattr(self.body[0], "weight", nn.Parameter(torch.zeros(12, 6))),
 }
 
 
-@pytest.mark.parametrize(("message", "change"), CHANGES.items(), ids=["unfrozen", "frozen", "replaced"])
+@pytest.mark.parametrize(("message", "change"), CHANGES.items(), ids=["unfrozen", "frozen", "pruned", "replaced"])
 def test_changes_of_the_trained_parameters_are_refused(message, change, tmp_path):
     with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path, at_the_second_epoch(change), 20)

@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zo_lightning.callbacks.takeover import TakeOver, give_rule, refuse
+from zo_lightning.callbacks.refusals import refuse
+from zo_lightning.callbacks.takeover import TakeOver, give_rule
 from zo_lightning.modules import ZOModule, planned_steps
 from zo_lightning.optim import Gaussian, GeometryMap, ParameterFree, ZerothOrder
 from zo_lightning.optim.groups import GeometrySpec

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 import warnings
 from collections.abc import Callable
@@ -11,26 +10,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    BatchSizeFinder,
-    LearningRateFinder,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from zo_lightning.callbacks.muting import Attributes, muted
+from zo_lightning.callbacks.refusals import has_onlookers, refuse_changes
 from zo_lightning.callbacks.schedule import Schedule
 from zo_lightning.optim import GeometryMap, StepRule, ZerothOrder
 from zo_lightning.optim.world import BufferChanges
-from zo_lightning.strategies import join, ranks_of
+from zo_lightning.strategies import join
 
-__all__ = ["TakeOver", "give_rule", "refuse"]
+__all__ = ["TakeOver", "give_rule"]
 
 
 class TakeOver:
@@ -88,7 +79,7 @@ class TakeOver:
             raise MisconfigurationException(
                 "the module's optimizer has no parameter that requires a gradient: nothing to train"
             )
-        self._chosen, self._wanted = bool(chosen), {p for _, p in named}
+        self._wanted = {p for _, p in named}
         draft = make_optimizer(named)
         if not isinstance(draft, ZerothOrder):
             raise MisconfigurationException(f"AdaNAGED(optimizer=...) must make a ZerothOrder, got {type(draft).__name__}")
@@ -145,7 +136,7 @@ class TakeOver:
                 return _loss(original(*args, **kwargs))
 
         if self._checked_in != self._trainer.current_epoch:
-            self._check_parameters()
+            refuse_changes(self._module, self._trainer.optimizers[0], optimizer, self._wanted)
             self._checked_in = self._trainer.current_epoch
         if optimizer.progress[1] == 0:
             self._schedule.apply(optimizer)
@@ -165,37 +156,6 @@ class TakeOver:
         if changes is not None:
             changes.make(loss)
         return output
-
-    def _check_parameters(self) -> None:
-        """Refuse, in the middle of a run, what changes which parameters there are to train.
-
-        Raises:
-            MisconfigurationException: If one has been unfrozen, frozen or replaced.
-        """
-        assert self.optimizer is not None
-        name = type(self._module).__name__
-        chosen = {p for group in self._trainer.optimizers[0].param_groups for p in group["params"]}
-        trained = {p: n for n, p in self.optimizer.named_parameters().items()}
-        for n, p in self._module.named_parameters():
-            wanted = p.requires_grad and p in chosen if self._chosen else p.requires_grad
-            if wanted and p not in self._wanted:
-                raise MisconfigurationException(
-                    f"{n!r} of {name} has become trainable during the run, and AdaNAGED trains those parameters that were at "
-                    "its start; unfreeze it before, or go on in a second Trainer.fit"
-                )
-            if p in trained and not p.requires_grad:
-                raise MisconfigurationException(
-                    f"{n!r} of {name} has been frozen during the run; freeze it before, or go on in a second Trainer.fit"
-                )
-        owned = set(self._module.parameters())
-        lost = [n for p, n in trained.items() if p not in owned]
-        slots = self.optimizer._path.displacement.slots
-        lost += [trained[p] for m, key, p in slots if p in trained and m._parameters.get(key) is not p]
-        if lost:
-            raise MisconfigurationException(
-                f"{lost[0]!r} of {name} has been replaced during the run (by pruning, say) and would be trained no longer; "
-                "replace it before, or go on in a second Trainer.fit"
-            )
 
     def backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Nothing: there is no gradient."""
@@ -268,77 +228,3 @@ def give_rule(optimizer: ZerothOrder, rule: StepRule) -> None:
     if optimizer.step_rule is not None:
         raise MisconfigurationException("the optimizer has a step_rule of its own; leave it or AdaNAGED out")
     optimizer.step_rule = rule
-
-
-# ---- what is refused ---------------------------------------------------------------------------------------------------
-def refuse(trainer: Trainer, module: LightningModule, callback: Any) -> None:
-    """Refuse early what a take-over cannot serve, or would silently ignore.
-
-    Args:
-        trainer: The Trainer.
-        module: A module that is not a :class:`~zo_lightning.modules.ZOModule`.
-        callback: The callback that is to take over.
-
-    Raises:
-        MisconfigurationException: With the reason, and what to do.
-    """
-    name = type(module).__name__
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"{name} uses manual optimization, whose steps only it knows; subclass zo_lightning.modules.ZOModule, or leave "
-            "automatic_optimization on"
-        )
-    for hook in ("optimizer_step", "backward", "configure_gradient_clipping"):
-        if is_overridden(hook, module):
-            raise MisconfigurationException(
-                f"{name}.{hook} would be ignored, since AdaNAGED steps without gradients; remove it"
-            )
-    if trainer.gradient_clip_val:
-        raise MisconfigurationException(
-            f"gradient_clip_val={trainer.gradient_clip_val} would be ignored, since there are no gradients, and steps have a "
-            "length of their own; leave it out"
-        )
-    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
-        raise MisconfigurationException(
-            f"{name}.training_step takes a dataloader_iter, whose batches cannot be evaluated twice; let it take a batch"
-        )
-    callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
-    for other in callbacks[callbacks.index(callback) + 1 :]:
-        if isinstance(other, (StochasticWeightAveraging, WeightAveraging)):
-            raise MisconfigurationException(
-                f"{type(other).__name__} copies the module in its setup; put it before AdaNAGED in the list of callbacks"
-            )
-    if any(isinstance(other, LearningRateFinder) for other in callbacks):
-        raise MisconfigurationException(
-            "LearningRateFinder has nothing to find, since AdaNAGED needs no learning rate; remove it"
-        )
-    for other in callbacks:
-        if isinstance(other, BatchSizeFinder):
-            raise MisconfigurationException(
-                f"{type(other).__name__} tries steps before AdaNAGED is ready; find the batch size with a Trainer of its own"
-            )
-        if isinstance(other, (BaseFinetuning, ModelPruning)):
-            raise MisconfigurationException(
-                f"{type(other).__name__} changes during the run which parameters there are to train, and AdaNAGED trains those "
-                "that were at its start; use one Trainer.fit for each stage"
-            )
-    ranks_of(trainer.strategy)
-
-
-def has_onlookers(trainer: Trainer, module: LightningModule) -> bool:
-    """Whether somebody may read the weights between two steps: then every step is written into them at once."""
-    hooks = (
-        "on_train_batch_end",
-        "on_train_batch_start",
-        "on_before_zero_grad",
-        "on_after_backward",
-        "on_before_optimizer_step",
-    )
-    if any(is_overridden(hook, module) for hook in hooks):
-        return True
-    ours = ("lightning.", "pytorch_lightning.", "zo_lightning.")
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return any(
-        isinstance(callback, (StochasticWeightAveraging, WeightAveraging)) or not type(callback).__module__.startswith(ours)
-        for callback in callbacks
-    )
