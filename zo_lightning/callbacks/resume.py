@@ -155,7 +155,7 @@ class ResumeCheckpoint(Callback):
         combined = trainer.fit_loop._combined_loader
         if combined is not None and len(stateful_loaders(trainer)) < len(combined.flattened):
             rank_zero_warn(
-                "a loader of the training batches has no state_dict, so that a resumed run sees its batches in another order; "
+                "a loader of the training batches has no state_dict, so that a resumed run may see them in another order; "
                 "use zo_lightning.data.ResumableDataLoader with a ShuffleSampler"
             )
         if self._loaded is not None and self._loaded.get("stopped_early") and _early_stopping(trainer):
