@@ -186,6 +186,19 @@ def test_checkpoint_to_go_on_from_by_another_name(options, tmp_path):
     assert not list((tmp_path / "OUT").glob("**/last.ckpt"))
 
 
+@pytest.mark.parametrize("place", [{}, {"filename": "state"}, {"dirpath": "HERE"}], ids=["bare", "name", "folder"])
+def test_last_is_that_of_a_listed_callback(place, options, tmp_path):
+    """One in the configuration takes the place of ``--resume``."""
+    if "dirpath" in place:
+        place = {"dirpath": str(tmp_path / "HERE")}
+    listed = [{"class_path": "ResumeCheckpoint", "init_args": {**place, "every_n_steps": 2}}, {"class_path": "AdaNAGED"}]
+    command = ["fit", *options, "--trainer.callbacks", json.dumps(listed), "--ckpt_path", "last"]
+    main([*command, "--trainer.max_steps", "3"])
+    main([*command, "--trainer.max_steps", "5"])
+    steps = [row["step"] for row in rows(tmp_path / "OUT") if "zo/lr" in row]
+    assert steps == [0, 1, 2, 3, 4]
+
+
 def test_configuration_wins_over_the_checkpoints_arguments(options, tmp_path):
     main(["fit", *options, "--trainer.max_steps", "1"])
     main(["test", *options, "--ckpt_path", "best", "--model.length_normalised", "false"])
@@ -251,6 +264,23 @@ MISTAKES = {
     "no such directions": (["--model.optimizer.directions", "guassian"], r"directions must be one of.*got 'guassian'"),
     "update without unit norm": (["--model.optimizer.update", "sgd"], r"AdaNAGED needs steps of unit norm"),
 }
+
+
+def test_a_checkpoint_of_another_model_is_said_to_be_one(options, tmp_path, capsys):
+    main(["fit", *options, "--trainer.max_steps", "1"])
+    config = tiny_config("opt")
+    config.ffn_dim = 48
+    other = save_tiny_model(tmp_path / "other", config)
+    line = fails(["test", *options, "--ckpt_path", "last", "--model.model_name_or_path", str(other)], capsys)
+    assert re.search(r"the checkpoint is of another model.*fc1.*give the same model_name_or_path and peft", line), line
+
+
+def test_a_file_that_is_cut_short_is_named(options, tmp_path, capsys):
+    main(["fit", *options, "--trainer.max_steps", "1"])
+    last = next((tmp_path / "OUT").glob("**/last.ckpt"))
+    last.write_bytes(last.read_bytes()[:5000])
+    line = fails(["export", "--checkpoint", str(last), "--out", str(tmp_path / "exported")], capsys)
+    assert re.search(r"--checkpoint '.*last\.ckpt' cannot be read", line), line
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

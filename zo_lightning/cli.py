@@ -93,13 +93,22 @@ class ZOCLI(LightningCLI):
 
     def _newest(self, name: str) -> Path | None:
         """The newest checkpoint of that name, in the folder given for it or in those of all runs."""
-        options = self._options["checkpoint" if name == "best" else "resume"]
+        options = self._options["checkpoint"] if name == "best" else self._resume
         folders = [self._root / "checkpoints", *self._root.glob("lightning_logs/*/checkpoints")]  # without and with a logger
         if options["dirpath"]:
             folders.append(Path(options["dirpath"]))
         file = f"{name if name == 'best' else options['filename']}.ckpt"
         found = [folder / file for folder in folders if (folder / file).is_file()]
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+    @property
+    def _resume(self) -> Namespace:
+        """The arguments of the ResumeCheckpoint among the configuration's callbacks, which takes the place of ``--resume``."""
+        given = self._options["trainer"]["callbacks"] or []
+        for callback in given if isinstance(given, list) else [given]:
+            if str(callback.get("class_path")).rpartition(".")[2] == ResumeCheckpoint.__name__:
+                return callback["init_args"]
+        return self._options["resume"]
 
     @property
     def _root(self) -> Path:

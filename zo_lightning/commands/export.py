@@ -86,7 +86,7 @@ def _read(checkpoint: str) -> dict[str, Any]:
         raise FileNotFoundError(f"--checkpoint {checkpoint!r}: there is no such file")
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise ModelError(f"--checkpoint {checkpoint!r} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict) or not {"state_dict", "hyper_parameters", "zo_lightning"} <= content.keys():
         raise ModelError(f"--checkpoint {checkpoint!r} is not one of a run of zo-lightning with a language model")

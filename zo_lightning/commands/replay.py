@@ -56,9 +56,13 @@ def replay(
     if folder.resolve() == Path(source).resolve():
         raise FileExistsError(f"--out {out!r} is the base model's own folder; give another one")
     record = read(ledger)
-    place = torch.device(device or record.environment["device"].split(",")[0])
+    try:
+        place = torch.device(device or record.environment["device"].split(",")[0])
+    except RuntimeError as error:
+        raise LedgerError(f"--device {device!r} is not a device; say cpu or cuda") from error
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise LedgerError("the run was on a GPU and there is none here; with --device cpu the last bits may differ")
+        asked = "the run was on a GPU" if device is None else f"--device {device} is a GPU"
+        raise LedgerError(f"{asked} and there is none here; with --device cpu the last bits may differ")
     dtype = getattr(torch, record.groups[0]["parameters"][0][1])
     model = load_causal_lm(source, dtype, trust_remote_code=trust_remote_code)
     tokenizer = _tokenizer(source, trust_remote_code)

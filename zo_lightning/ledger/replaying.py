@@ -113,7 +113,8 @@ def under_ledger_names(module: nn.Module, record: Record) -> nn.Module:
                 module.add_module(part, inner)
             return module
     raise LedgerError(
-        f"the ledger is of another architecture: it has a parameter {theirs[0]!r}, the model has {min(ours, default='none')!r}"
+        f"the ledger is of another architecture: it has a parameter {theirs[0]!r}, the model has "
+        f"{min(ours, default='none')!r}; one of an adapter is replayed in Python by zo_lightning.ledger.replay (docs/ledger.md)"
     )
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from zo_lightning.assets import resolve
 from zo_lightning.modules.adapters import add_adapter, is_prompt_learning
 from zo_lightning.modules.base import ZOModule
-from zo_lightning.modules.errors import ModelError
+from zo_lightning.modules.errors import CheckpointError, ModelError
 from zo_lightning.modules.pretrained import (
     Placement,
     execution_device,
@@ -217,14 +217,21 @@ class LanguageModelModule(ZOModule):
         """Load weights; those of a base that is not trained may be missing.
 
         Raises:
-            RuntimeError: With ``strict``, if another weight is missing or there is one too many.
+            CheckpointError: If a shape differs, or with ``strict``, if another weight is missing or there is one too many.
         """
-        result = super().load_state_dict(state_dict, strict=strict and self.peft is None, assign=assign)
+        try:
+            result = super().load_state_dict(state_dict, strict=strict and self.peft is None, assign=assign)
+        except RuntimeError as error:  # torch lists every weight, each on a line of its own
+            first = " ".join(str(error).splitlines()[1:2]).strip()
+            kept = "the checkpoint is of another model, or of one with another adapter"
+            raise CheckpointError(f"{kept} ({first[:200]}); give the same model_name_or_path and peft") from error
         if self.peft is not None:
             missing = [name for name in result.missing_keys if not self._is_of_the_base(name)]
             if strict and (missing or result.unexpected_keys):
                 odd = ", ".join([*missing, *result.unexpected_keys][:3])
-                raise RuntimeError(f"the checkpoint is of another adapter ({odd} is in only one of them); give the same peft")
+                raise CheckpointError(
+                    f"the checkpoint is of another adapter ({odd} is in only one of them); give the same peft"
+                )
             result.missing_keys[:] = missing
         return result
 

@@ -71,6 +71,10 @@ def load_causal_lm(
             return AutoModelForCausalLM.from_pretrained(name_or_path, config=config, dtype=dtype, **options)
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(_not_loaded(name_or_path, error)) from error
+        except RuntimeError as error:
+            if "max_memory" not in options or torch.accelerator.is_available():
+                raise
+            raise ModelError(f"max_memory names a GPU and there is none here: {str(error).splitlines()[0]}") from error
 
 
 def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
