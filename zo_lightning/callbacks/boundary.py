@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from zo_lightning.callbacks.optimizers import zeroth_order
 from zo_lightning.loggers import ResumableCSVLogger
 from zo_lightning.optim import ZerothOrder
 
@@ -245,13 +246,6 @@ def stateful_loaders(trainer: Trainer) -> list[Any]:
 def csv_loggers(trainer: Trainer) -> list[ResumableCSVLogger]:
     """The loggers whose rows are counted; they write on the first process only."""
     return [x for x in trainer.loggers if isinstance(x, ResumableCSVLogger)] if trainer.is_global_zero else []
-
-
-def zeroth_order(trainer: Trainer) -> list[ZerothOrder]:
-    """The zeroth-order optimizers of the module, and of callbacks that hold one as ``optimizer``."""
-    candidates = [*trainer.optimizers, *(getattr(x, "optimizer", None) for x in trainer.callbacks)]  # type: ignore[attr-defined]
-    found = {id(x): x for x in candidates if isinstance(x, ZerothOrder)}
-    return list(found.values())
 
 
 _KEPT = ("value", "cumulated_batch_size", "_forward_cache")  # of a logged value: its sum, its count, and that of the last step

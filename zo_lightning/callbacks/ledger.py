@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.hooks import RemovableHandle
 
+from zo_lightning.callbacks.optimizers import zeroth_order
 from zo_lightning.ledger import LedgerError, Record, weights_hash, write
 from zo_lightning.ledger.file import pack, unpack
 from zo_lightning.optim import ZerothOrder
@@ -153,11 +154,10 @@ class Ledger(Callback):
 
 def _optimizer_of(trainer: Trainer) -> ZerothOrder:
     """The module's optimizer, or that of a callback that takes the steps in its place."""
-    candidates = [*trainer.optimizers, *(getattr(x, "optimizer", None) for x in trainer.callbacks)]  # type: ignore[attr-defined]
-    found = {id(candidate): candidate for candidate in candidates if isinstance(candidate, ZerothOrder)}
+    found = zeroth_order(trainer)
     if len(found) != 1:
         raise MisconfigurationException(
             f"Ledger needs one zo_lightning.optim.ZerothOrder, in the module's configure_optimizers or in a callback such as "
             f"AdaNAGED, and found {len(found) or 'none'}"
         )
-    return next(iter(found.values()))
+    return found[0]

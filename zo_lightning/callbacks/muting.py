@@ -20,8 +20,8 @@ __all__ = ["Attributes", "muted"]
 _PLAIN = (bool, int, float, str, type(None))
 _CONTAINERS = (list, dict, set, deque)
 _FEW = 100  # entries of a list up to which tensors in it may be counters, rather than outputs that are collected
-# what every module has, and what Lightning keeps of its own in one
-_NOT_THE_USERS = set(vars(nn.Module())) | set(vars(LightningModule()))
+_OF_EVERY_MODULE = set(vars(nn.Module()))
+_OF_EVERY_LIGHTNING_MODULE = _OF_EVERY_MODULE | set(vars(LightningModule()))
 
 
 @contextmanager
@@ -60,7 +60,7 @@ class Attributes:
 
     def __init__(self, module: LightningModule) -> None:
         owners = [m for m in module.modules() if isinstance(m, (Metric, MetricCollection))]
-        self._kept = [_Kept(module, _NOT_THE_USERS), *(_Kept(owner, set(vars(nn.Module()))) for owner in owners)]
+        self._kept = [_Kept(module, _OF_EVERY_LIGHTNING_MODULE), *(_Kept(owner, _OF_EVERY_MODULE) for owner in owners)]
 
     def put_back(self) -> None:
         """Let them be that again."""

@@ -24,6 +24,9 @@ from zo_lightning.strategies import join
 __all__ = ["TakeOver", "give_rule"]
 
 
+_HOOKS = ("training_step", "backward", "optimizer_step", "lr_scheduler_step")
+
+
 class TakeOver:
     """Puts the probes into ``training_step``, and the update into the place of the module's own optimizer.
 
@@ -47,7 +50,7 @@ class TakeOver:
         self._eager = False
         self._checked_in = -1  # an epoch
         self._before: dict[str, Any] = {}
-        for name in ("training_step", "backward", "optimizer_step", "lr_scheduler_step"):
+        for name in _HOOKS:
             if name in vars(module):
                 self._before[name] = vars(module)[name]
             vars(module)[name] = _Patch(self, name, getattr(module, name))
@@ -104,7 +107,7 @@ class TakeOver:
 
     def undo(self) -> None:
         """Leave the module as it was; the weights hold every step."""
-        for name in ("training_step", "backward", "optimizer_step", "lr_scheduler_step"):
+        for name in _HOOKS:
             if isinstance(vars(self._module).get(name), _Patch):
                 del vars(self._module)[name]
                 if name in self._before:
@@ -141,11 +144,7 @@ class TakeOver:
         if optimizer.progress[1] == 0:
             self._schedule.apply(optimizer)
         try:
-            try:
-                loss = optimizer.accumulate(closure)
-            finally:
-                if after is not None:
-                    after.put_back()
+            loss = optimizer.accumulate(closure)
         except _NoLoss:
             if changes is None:  # it was found out while getting ready, which leaves no trace
                 with torch.no_grad():
@@ -153,6 +152,9 @@ class TakeOver:
             else:
                 changes.make(torch.zeros(()))
             return None
+        finally:
+            if after is not None:
+                after.put_back()
         if changes is not None:
             changes.make(loss)
         return output

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import zo_lightning.modules
+from zo_lightning.commands.folder import check_out, make_room
 from zo_lightning.modules import LanguageModelModule, ModelError
 from zo_lightning.modules.adapters import is_prompt_learning
 
@@ -50,9 +51,7 @@ def export(
         FileExistsError: If the folder is not empty.
     """
     content = _read(checkpoint)
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not overwrite)):
-        raise FileExistsError(f"--out {out!r} exists and is not an empty folder; give another one, or --overwrite true")
+    folder = check_out(out, overwrite)
     module = _module_of(content, checkpoint)
     quantised = module.quantization is not None
     if merge and module.peft is None:
@@ -68,10 +67,7 @@ def export(
             raise ModelError(f"--merge: an adapter of type {module.peft['peft_type']} cannot be merged; use --merge false")
     if dtype is not None:
         _cast(model, getattr(torch, dtype))
-    folder.mkdir(parents=True, exist_ok=True)
-    for pattern in _WRITTEN:
-        for path in folder.glob(pattern):
-            path.unlink()
+    make_room(folder, _WRITTEN)
     # by itself, an adapter of embeddings would have all of them written beside it
     options = {} if isinstance(model, PreTrainedModel) else {"save_embedding_layers": False}
     model.save_pretrained(folder, **options)

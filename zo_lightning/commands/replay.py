@@ -12,6 +12,7 @@ from rich.progress import Progress
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from zo_lightning.assets import resolve
+from zo_lightning.commands.folder import check_out, make_room
 from zo_lightning.ledger import LedgerError, read, under_ledger_names
 from zo_lightning.ledger import replay as take_steps
 from zo_lightning.ledger.replaying import differences
@@ -50,9 +51,7 @@ def replay(
         ModelError: If the base model cannot be loaded.
         FileExistsError: If the folder is not empty.
     """
-    folder, source = Path(out), resolve(base)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not overwrite)):
-        raise FileExistsError(f"--out {out!r} exists and is not an empty folder; give another one, or --overwrite true")
+    folder, source = check_out(out, overwrite), resolve(base)
     if folder.resolve() == Path(source).resolve():
         raise FileExistsError(f"--out {out!r} is the base model's own folder; give another one")
     record = read(ledger)
@@ -76,10 +75,7 @@ def replay(
         found = take_steps(
             module, record, steps=steps, check=not allow_mismatch, progress=lambda done: bar.update(task, completed=done)
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    for pattern in _WEIGHTS:
-        for path in folder.glob(pattern):
-            path.unlink()
+    make_room(folder, _WEIGHTS)
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
