@@ -4,11 +4,14 @@
 
 On the same model (random weights of OPT's shape), batch and loss it times, interleaved: two bare forwards; our steps with
 low-rank directions, probes one after the other (``lowrank_sequential``) and as one forward of the doubled batch
-(``lowrank_doubled``), and with dense Gaussian directions (``dense``); and MeZO's step as released (``mezo``: every weight
-rewritten three times for the probes and once for the update, each time with a materialised z, and logits at all positions). Our
-times include the update, one forward more for the curvature in every tenth step, and the fold and the new V of every fiftieth.
-Before anything is timed, the losses at each path's probes are compared with those of a copy of the model whose weights are
-displaced by hand.
+(``lowrank_doubled``), with dense Gaussian directions (``dense``: steps along their signs; ``dense_sgd``: along themselves, on
+a GPU drawn in registers); and MeZO's step as released (``mezo``: every weight rewritten three times for the probes and once for
+the update, each time with a materialised z, and logits at all positions). Our times include the update, under the
+parameter-free rule (all but ``dense_sgd``) one forward more for the curvature in every tenth step, and with low-rank directions
+the fold and the new V of every fiftieth. Timed steps follow one another as in a run. Before anything is timed, the losses at
+each path's probes are compared with those of a copy of the model whose weights are displaced by hand. On a GPU the time for
+which it is busy in a step is given too: the rest is the host's. The preset ``cpu-narrow`` (24 layers, 32 wide) is nearly all
+host, and ``--drawing 1.3b`` times the drawing of the directions alone.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,11 +38,13 @@ from zo_lightning.optim import Address, Factors, ParameterFree, ZerothOrder, mak
 
 SHAPES = {
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64, "vocab_size": 512},
+    "narrow": {"hidden_size": 32, "num_hidden_layers": 24, "num_attention_heads": 2, "ffn_dim": 64, "vocab_size": 512},
     "125m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "ffn_dim": 3072, "vocab_size": 50272},
     "1.3b": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "ffn_dim": 8192, "vocab_size": 50272},
 }
 PRESETS: dict[str, tuple[str, str, torch.dtype, int, int]] = {  # shape, device, dtype, rows, tokens
     "cpu-tiny": ("tiny", "cpu", torch.float32, 4, 16),
+    "cpu-narrow": ("narrow", "cpu", torch.float32, 2, 4),
     "cpu-125m": ("125m", "cpu", torch.float32, 16, 64),
     "cuda-125m": ("125m", "cuda", torch.bfloat16, 16, 64),
     "cuda-1.3b": ("1.3b", "cuda", torch.bfloat16, 16, 64),
@@ -88,16 +93,18 @@ class Contestant:
     Attributes:
         seen: Losses of the probes of the last step.
         kinds: The kinds of steps and their shares of a long run.
+        course: Index and kind of the steps of one repeat; those without a kind are not timed.
     """
 
     kinds: Mapping[str, float] = {"plain": 1.0}
+    course: Sequence[tuple[int, str | None]] = ((0, "plain"),)
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.seen: list[Tensor] = []
 
-    def step(self, kind: str) -> None:
-        """One step of a kind."""
+    def step(self, index: int) -> None:
+        """One step."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -107,33 +114,38 @@ class Contestant:
 class Bare(Contestant):
     """Two forwards at the weights as they are."""
 
-    def step(self, kind: str) -> None:
+    def step(self, index: int) -> None:
         """See :class:`Contestant`."""
         for _ in range(2):
             self.problem.losses().mean()
 
 
 class Ours(Contestant):
-    """Our optimizer under the parameter-free rule."""
+    """Our optimizer, under the parameter-free rule if the update has one."""
 
-    def __init__(self, problem: Problem, *, directions: str, probes: str) -> None:
+    def __init__(self, problem: Problem, *, directions: str, probes: str, update: str = "lmo") -> None:
         super().__init__(problem)
-        dense = directions != "low_rank"
-        rule = ParameterFree(100_000, interval=CURVATURE_EVERY)
-        settings: dict[str, Any] = {"interval": HELD, "step_rule": rule, "probes": probes, "seed": 1, "directions": directions}
+        settings: dict[str, Any] = {"interval": HELD, "probes": probes, "seed": 1, "directions": directions, "update": update}
+        if update == "lmo":
+            settings["step_rule"] = ParameterFree(100_000, interval=CURVATURE_EVERY)
+        else:
+            settings |= {"lr": MeZO.rate, "smoothing": MeZO.epsilon}
         self.optimizer = ZerothOrder(problem.model.named_parameters(), **settings)
         self.optimizer.attach(problem.model)
-        # how often a kind occurs, and at which step index; all but "turn" in the interval of steps 100 to 149
-        self._at = {"plain": 101, "curvature": 110} | ({} if dense else {"fold": 149, "turn": 150})
-        curved = 1 / CURVATURE_EVERY
-        self.kinds = {"plain": 1 - curved, "curvature": curved}
-        if not dense:
+        # the first of a few steps in a row is not timed: nothing has been prepared for it
+        self.course = [(108, None), (109, "plain"), (110, "plain")]
+        if update == "lmo":
+            curved = 1 / CURVATURE_EVERY
+            self.kinds = {"plain": 1 - curved, "curvature": curved}
+            self.course = [(108, None), (109, "plain"), (110, "curvature"), (111, "plain")]
+        if directions == "low_rank":
             self.kinds = {"plain": 1 - curved - 1 / HELD, "curvature": curved - 1 / HELD, "fold": 1 / HELD, "turn": 1 / HELD}
+            self.course += [(147, None), (148, "plain"), (149, "fold"), (150, "turn"), (151, "plain")]
 
-    def step(self, kind: str) -> None:
+    def step(self, index: int) -> None:
         """See :class:`Contestant`."""
         for group in self.optimizer.param_groups:
-            group["step"] = self._at[kind]
+            group["step"] = index
         self.seen = []
 
         def closure() -> Tensor:
@@ -150,18 +162,18 @@ class Ours(Contestant):
 
     def check(self) -> None:
         """See :class:`Contestant`."""
-        self.step("plain")  # calibrates
+        self.step(101)  # calibrates
         self.optimizer.fold()
         twin = copy.deepcopy(self.problem.model)
         start = {name: p.detach().clone() for name, p in self.problem.model.named_parameters()}
-        self.step("plain")
+        self.step(102)  # along directions that have been drawn ahead, where they are
         tau = self.optimizer.param_groups[0]["smoothing"]
         for sign, seen in zip((1, -1), self.seen[-2:], strict=True):
             for group in self.optimizer.param_groups:
                 geometry = make_geometry(group["geometry"], group["radius"], group["transposed"])
                 for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                    address = Address(group["seed"], self._at["plain"], name)
-                    u = geometry.extreme_point(self.optimizer.directions.draw(address, parameter.shape, parameter.device))
+                    z = self.optimizer.directions.draw(Address(group["seed"], 102, name), parameter.shape, parameter.device)
+                    u = geometry.extreme_point(z) if self.optimizer.update.oracle else z
                     dense = u.dense() if isinstance(u, Factors) else u
                     with torch.no_grad():
                         moved = start[name].float() + sign * tau * dense.to(parameter.device)
@@ -185,7 +197,7 @@ class MeZO(Contestant):
             z = torch.normal(mean=0, std=1, size=p.data.size(), device=p.data.device, dtype=p.data.dtype)
             p.data = p.data + factor * z * self.epsilon
 
-    def step(self, kind: str) -> None:
+    def step(self, index: int) -> None:
         """See :class:`Contestant`."""
         seed = int(torch.randint(1_000_000_000, (1,), generator=self.seeds))
         self.last_seed, self.seen = seed, []
@@ -208,7 +220,7 @@ class MeZO(Contestant):
         """See :class:`Contestant`."""
         twin = copy.deepcopy(self.problem.model)
         start = {name: p.detach().clone() for name, p in self.parameters}
-        self.step("plain")
+        self.step(0)
         for sign, seen in zip((1, -1), self.seen, strict=True):
             torch.manual_seed(self.last_seed)
             with torch.no_grad():
@@ -247,6 +259,15 @@ def timed(action: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def busy(action: Callable[[], None]) -> dict[str, float]:
+    """Seconds for which the GPU is busy with ``action``, and the number of its kernels and copies."""
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        action()
+        torch.cuda.synchronize()
+    events = [event for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return {"seconds": sum(event.device_time for event in events) / 1e6, "count": len(events)}
+
+
 def peak_memory(action: Callable[[], None], device: torch.device) -> int:
     """Most bytes that ``action`` holds at a time beyond what there was."""
     if device.type == "cuda":
@@ -266,16 +287,41 @@ def peak_memory(action: Callable[[], None], device: torch.device) -> int:
     return peak
 
 
+def drawing(shape: str) -> dict[str, Any]:
+    """Seconds in which the host draws one low-rank direction of all parameters; no weights are needed for it."""
+    sizes = SHAPES[shape]
+    with torch.device("meta"):
+        model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=sizes["hidden_size"]))
+    optimizer = ZerothOrder(model.named_parameters(), seed=1).attach(model)
+    path: Any = optimizer._path
+    path._lay_out()
+    wall, process = [], []
+    for _ in range(50):
+        start, worked = time.perf_counter(), time.process_time()
+        numbers = path._draw(0).numel()
+        wall.append(time.perf_counter() - start)
+        process.append(time.process_time() - worked)
+    return {
+        "shape": shape,
+        "parameters": sum(len(group["params"]) for group in optimizer.param_groups),
+        "numbers": numbers,
+        "threads": torch.get_num_threads(),
+        "seconds": {"median": statistics.median(wall), "min": min(wall)},
+        "process_seconds": {"median": statistics.median(process), "min": min(process)},
+    }
+
+
 def main() -> None:
     """Check, time, and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu-125m", help="model shape, device, precision and batch")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats")
-    parser.add_argument("--only", nargs="+", help="of lowrank_sequential, lowrank_doubled, dense, mezo: these alone")
+    parser.add_argument("--only", nargs="+", help="of lowrank_sequential, lowrank_doubled, dense, dense_sgd, mezo: these alone")
+    parser.add_argument("--drawing", choices=list(SHAPES), help="time only the drawing of low-rank directions for this shape")
     parser.add_argument("--json", type=Path, help="write the result to this file too")
     args = parser.parse_args()
     with torch.no_grad():
-        result = measure(args)
+        result = measure(args) if args.drawing is None else drawing(args.drawing)
     text = json.dumps(result, indent=2)
     print(text)
     if args.json is not None:
@@ -290,18 +336,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "lowrank_sequential": lambda: Ours(problem, directions="low_rank", probes="sequential"),
         "lowrank_doubled": lambda: Ours(problem, directions="low_rank", probes="auto"),
         "dense": lambda: Ours(problem, directions="gaussian", probes="auto"),
+        "dense_sgd": lambda: Ours(problem, directions="gaussian", probes="auto", update="sgd"),
         "mezo": lambda: MeZO(problem),
     }
     names = [name for name in makers if name == "bare" or args.only is None or name in args.only]
     weights = sum(p.numel() * p.element_size() for p in problem.model.parameters())
     contestants: dict[str, Contestant] = {}
     memory: dict[str, int] = {}
+    device_busy: dict[str, dict[str, float]] = {}
     for name in names:
         contestant = contestants[name] = makers[name]()
         contestant.check()
-        for kind in contestant.kinds:
-            contestant.step(kind)
-        memory[name] = peak_memory(lambda c=contestant: c.step("plain"), problem.device)  # type: ignore[misc]
+        for index, _ in contestant.course:
+            contestant.step(index)
+        memory[name] = peak_memory(lambda c=contestant: c.step(102), problem.device)  # type: ignore[misc]
+        if problem.device.type == "cuda":
+            contestant.step(103)
+            device_busy[name] = busy(lambda c=contestant: c.step(104))  # type: ignore[misc]
         if name == "mezo" and problem.device.type == "cpu":
             memory[name] -= weights  # it puts new tensors in place of the weights, whose release the profiler cannot count
         if isinstance(contestant, Ours):
@@ -314,16 +365,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.repeats):
         for name, contestant in contestants.items():
             # right beside each other, so that a machine that changes its speed does so for both
-            beside = timed(lambda: bare.step("plain"), problem.device)
-            taken = {}
-            for kind in contestant.kinds:
-                taken[kind] = timed(lambda c=contestant, k=kind: c.step(k), problem.device)  # type: ignore[misc]
-                times[name].by_kind.setdefault(kind, []).append(taken[kind])
+            beside = timed(lambda: bare.step(0), problem.device)
+            taken = Times()
+            for index, kind in contestant.course:
+                seconds = timed(lambda c=contestant, i=index: c.step(i), problem.device)  # type: ignore[misc]
+                if kind is not None:
+                    taken.by_kind.setdefault(kind, []).append(seconds)
+                    times[name].by_kind.setdefault(kind, []).append(seconds)
             if isinstance(contestant, Ours):
                 contestant.optimizer.fold()
-            beside = (beside + timed(lambda: bare.step("plain"), problem.device)) / 2
-            ratios[name].append(sum(share * taken[kind] for kind, share in contestant.kinds.items()) / beside)
-    seconds = {name: times[name].amortised(contestants[name].kinds) for name in names}
+            beside = (beside + timed(lambda: bare.step(0), problem.device)) / 2
+            ratios[name].append(taken.amortised(contestant.kinds) / beside)
+    per_step = {name: times[name].amortised(contestants[name].kinds) for name in names}
     others = [name for name in names if name != "bare"]
     inference = weights + memory["bare"]
     key = {"lowrank_sequential": "lowrank"}
@@ -334,14 +387,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "parameters": sum(p.numel() for p in problem.model.parameters()),
         "repeats": args.repeats,
-        "seconds": seconds,
+        "seconds": per_step,
         "seconds_by_kind": {
             name: {kind: {"median": statistics.median(xs), "min": min(xs), "max": max(xs)} for kind, xs in t.by_kind.items()}
             for name, t in times.items()
         },
         "ratio": {name: statistics.median(ratios[name]) for name in others},
         "ratio_spread": {name: [min(ratios[name]), max(ratios[name])] for name in others},
-        "speedup_vs_mezo": {name: seconds["mezo"] / seconds[name] for name in others if "mezo" in names},
+        "speedup_vs_mezo": {name: per_step["mezo"] / per_step[name] for name in others if "mezo" in names},
+        "device_busy": device_busy or None,
         "memory": {
             **{f"{key.get(name, name)}_over_inference": (weights + memory[name]) / inference for name in others},
             "bytes": {"weights": weights, **memory},

@@ -248,11 +248,15 @@ def fails(arguments: list[str], capsys) -> str:
     return line
 
 
+ZO = ("--model.optimizer", "ZerothOrder")
 MISTAKES = {
     "misspelt task": (["--data.task", "sst3"], r"unknown task 'sst3', did you mean 'sst2'"),
     "batch size of zero": (["--data.batch_size", "0"], r"batch_size must be at least 1, got 0"),
     "unknown geometry": (["--trainer.callbacks.geometry.matrix=spectal"], r"geometry\['matrix'\].*got 'spectal'"),
-    "unknown geometry of the optimizer": (["--model.optimizer.geometry.vector=sing"], r"geometry\['vector'\].*got 'sing'"),
+    "unknown geometry of the optimizer": (
+        ["--model.optimizer", "ZerothOrder", "--model.optimizer.geometry.vector=sing"],
+        r"geometry\['vector'\].*got 'sing'",
+    ),
     "max_steps missing": (["--trainer.max_steps", "-1"], r"set max_steps \(--trainer\.max_steps\)"),
     "no such model": (["--model.model_name_or_path", "no/such"], r"cannot load the .*'no/such'"),
     "no such option": (["--data.batchsize", "3"], r"batchsize"),
@@ -261,8 +265,14 @@ MISTAKES = {
     "minutes of zero": (["--resume.every_minutes", "0"], r"every_minutes must be positive, or None, got 0"),
     "two writers of one file": (["--checkpoint.save_last", "true"], r"both write .*last\.ckpt"),
     "gradient clipping": (["--trainer.gradient_clip_val", "1"], r"clipping is not supported for manual optimization"),
-    "no such directions": (["--model.optimizer.directions", "guassian"], r"directions must be one of.*got 'guassian'"),
-    "update without unit norm": (["--model.optimizer.update", "sgd"], r"AdaNAGED needs steps of unit norm"),
+    "no such directions": (
+        ["--model.optimizer", "ZerothOrder", "--model.optimizer.directions", "guassian"],
+        r"directions must be one of.*got 'guassian'",
+    ),
+    "update without unit norm": (
+        ["--model.optimizer", "ZerothOrder", "--model.optimizer.update", "sgd"],
+        r"AdaNAGED needs steps of unit norm",
+    ),
 }
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.tiny import save_tiny_model, tiny_config
@@ -12,9 +13,12 @@ from zo_lightning.callbacks import AdaNAGED
 from zo_lightning.cli import cli, main
 from zo_lightning.data import ClassificationTask, PromptClassificationDataModule, get_task
 from zo_lightning.modules import CausalLMClassificationModule
+from zo_lightning.optim.methods import METHODS as METHOD_CLASSES
 
 FOLDER = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(FOLDER.glob("**/*.yaml"))
+METHODS = sorted(FOLDER.glob("methods/*.yaml"))
+CONFIGS = sorted(FOLDER.glob("*.yaml")) + sorted(FOLDER.glob("opt-*/*.yaml"))
+PARAMETER_FREE = {"adanaged", *(f"parameter_free_{name}" for name in ("jaguar", "lozo", "zo_muon", "fzoo", "ldsd"))}
 TASKS = {"sst2", "rte", "cb", "boolq", "wic", "wsc", "multirc"}
 
 
@@ -107,6 +111,52 @@ def test_runs(path, tiny_opt, tmp_path):
     logged = [path.read_text() for path in tmp_path.glob("**/metrics.csv")]
     assert any("val/acc" in text and "zo/lr" in text for text in logged)
     assert any("test/acc" in text for text in logged)
+
+
+# ---- methods, each over a task's configuration -------------------------------------------------------------------------
+def test_every_method_has_a_configuration():
+    assert {path.stem for path in METHODS} == {*METHOD_CLASSES, "first_order"} | PARAMETER_FREE
+
+
+def with_method(path: Path, *more: str) -> list[str]:
+    return ["--config", str(FOLDER / "opt-125m/sst2.yaml"), "--config", str(path), *more]
+
+
+@pytest.mark.parametrize("path", METHODS, ids=name)
+def test_a_method_replaces_the_optimizer(path, tiny_opt, tmp_path):
+    """One optimizer and, where nothing is to be tuned, one AdaNAGED; the task stays what it is."""
+    options = ["--model.model_name_or_path", str(tiny_opt), "--trainer.default_root_dir", str(tmp_path)]
+    made = cli(with_method(path, *options), run=False)
+    free = path.stem in PARAMETER_FREE
+    assert sum(isinstance(callback, AdaNAGED) for callback in made.trainer.callbacks) == free
+    assert made.datamodule.task.name == "sst2"
+    made.model.configure_model()
+    optimizer = made.model.configure_optimizers()
+    if path.stem == "first_order":
+        assert type(optimizer) is torch.optim.AdamW
+    elif path.stem in METHOD_CLASSES:
+        assert type(optimizer) is METHOD_CLASSES[path.stem]
+    settings = yaml.safe_load(path.read_text())["model"]["init_args"]["optimizer"].get("init_args", {})
+    assert ("lr" in settings) == (not free)
+    assert not free or optimizer.update.normalised
+    text = path.read_text()
+    assert f"--config configs/opt-1.3b/sst2.yaml --config configs/methods/{path.name}" in text
+
+
+@pytest.mark.parametrize("path", METHODS, ids=name)
+def test_a_method_runs(path, tiny_opt, tmp_path):
+    save_rows(get_task("sst2"), tmp_path / "data")
+    options = [
+        *("--model.model_name_or_path", str(tiny_opt), "--data.data_dir", str(tmp_path / "data"), "--data.batch_size", "4"),
+        *("--data.num_train", "20", "--data.num_dev", "12", "--trainer.max_steps", "3", "--trainer.log_every_n_steps", "1"),
+        *("--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)),
+        *("--trainer.enable_progress_bar", "false"),
+    ]
+    main(["fit", *with_method(path, *options)])
+    (logged,) = tmp_path.glob("**/metrics.csv")
+    text = logged.read_text()
+    assert "val/acc" in text
+    assert ("zo/forwards" in text) == (path.stem != "first_order")
 
 
 def save_rows(task: ClassificationTask, folder: Path) -> None:

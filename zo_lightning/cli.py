@@ -16,8 +16,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import zo_lightning.data
-import zo_lightning.modules  # noqa: F401  (both imported so that their classes are found by their bare names)
-from zo_lightning.callbacks import Forecast, MetricsTable, PredictionWriter, ResumeCheckpoint, SpacedValidation, ZOProgressBar
+import zo_lightning.modules
+import zo_lightning.optim.methods  # noqa: F401  (all imported so that their classes are found by their bare names)
+from zo_lightning.callbacks import (
+    Forecast,
+    MetricsTable,
+    PredictionWriter,
+    ResumeCheckpoint,
+    SpacedValidation,
+    StepMetrics,
+    ZOProgressBar,
+)
 from zo_lightning.commands import COMMANDS, command
 from zo_lightning.console import one_line_errors, quiet
 from zo_lightning.loggers import ResumableCSVLogger
@@ -31,6 +40,8 @@ class ZOParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong with the arguments, and exit with code 2."""
         message = " ".join(message.split())
+        if "is not accepted" in message:
+            message += "; options of a class need the class before them: --model.optimizer ZerothOrder --model.optimizer.rank 4"
         print(f"zo-lightning: error: {message} (--help lists the options)", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
 
@@ -125,7 +136,7 @@ class ZOCLI(LightningCLI):
         trainer = config["trainer"]
         given = trainer["callbacks"] or []
         callbacks = list(given) if isinstance(given, list) else [given]
-        callbacks += [config["validation"], Forecast(), MetricsTable(), PredictionWriter()]
+        callbacks += [config["validation"], Forecast(), StepMetrics(), MetricsTable(), PredictionWriter()]
         if trainer["enable_checkpointing"] is not False:
             callbacks.append(config["checkpoint"])
             if not any(isinstance(callback, ResumeCheckpoint) for callback in callbacks):

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from zo_lightning.optim import Factors
 
+BASIC = ("gaussian", "low_rank", "rademacher", "sphere")
+"""The families of directions that every geometry is for."""
+
 LAWS = settings(deadline=None, max_examples=25, derandomize=True, database=None)
 
 

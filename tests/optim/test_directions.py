@@ -106,7 +106,7 @@ def test_draws_on_the_cpu_literals():
 @pytest.mark.parametrize("dense", [Gaussian(), Rademacher()], ids=["gaussian", "rademacher"])
 @pytest.mark.parametrize("shape", [(7, 3), (5, 2, 3), (9,), ()])
 def test_blocks_of_rows_make_up_the_whole_whatever_the_threads(dense, shape, monkeypatch):
-    monkeypatch.setattr("zo_lightning.optim.directions._BLOCK_CPU", 6)  # of several blocks
+    monkeypatch.setattr("zo_lightning.optim.directions.base._BLOCK_CPU", 6)  # of several blocks
     size = torch.Size(shape)
     rows, step = matrix_shape(size)[0], block_rows(size, CPU)
     whole = dense.draw(ADDRESS, size, CPU)
@@ -233,7 +233,10 @@ def test_made_by_name(name):
 
 
 def test_unknown_names_and_bad_settings_say_what_is_right():
-    with pytest.raises(ValueError, match=r"directions must be one of gaussian, low_rank, rademacher, sphere, got 'gausian'"):
+    with pytest.raises(
+        ValueError,
+        match=r"directions must be one of block, gaussian, low_rank, .*, subspace, subzero, tensors, got 'gausian'",
+    ):
         make_directions("gausian")
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         LowRank(0)

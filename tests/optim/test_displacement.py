@@ -17,8 +17,8 @@ from tests.optim.reference import bits, dense, loss_at, raw, same_bits
 from tests.optim.zoo import CASES, IDS, Case, Mixed, inputs
 from zo_lightning.optim import Address, Displacement, Gaussian, LowRank, ZerothOrder
 from zo_lightning.optim import dense_path as dense_path_module
-from zo_lightning.optim import directions as directions_module
 from zo_lightning.optim.dense_path import DensePath
+from zo_lightning.optim.directions import base as directions_module
 from zo_lightning.optim.interrupts import deferred_interrupt
 from zo_lightning.optim.low_rank_path import LowRankPath
 from zo_lightning.optim.shown import Drawn, Shown, ShownDense, ShownMatrix, ShownVector

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.optim.zoo import CASES, IDS, Case
-from zo_lightning.optim import Address, ZerothOrder, dense_path, directions, kernels
+from zo_lightning.optim import Address, ZerothOrder, dense_path, kernels
+from zo_lightning.optim.directions import base as directions
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

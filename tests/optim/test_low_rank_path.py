@@ -23,8 +23,18 @@ from torch.func import functional_call
 from tests.optim import reference
 from tests.optim.reference import bits, dense, loss_at, raw, same_bits
 from tests.optim.zoo import CASES, IDS, inputs
-from zo_lightning.optim import Address, Gaussian, LowRank, ParameterFree, ZerothOrder, round_stochastically
+from zo_lightning.optim import (
+    Address,
+    Factors,
+    Gaussian,
+    LowRank,
+    ParameterFree,
+    ZerothOrder,
+    make_geometry,
+    round_stochastically,
+)
 from zo_lightning.optim.low_rank_path import LowRankPath
+from zo_lightning.optim.path import sum_of_squares
 from zo_lightning.optim.randomness import generator
 
 CPU = torch.device("cpu")
@@ -903,6 +913,126 @@ def test_rounding_is_a_function_of_seed_number_of_updates_and_name():
     assert same_bits(memory(module), saved)
 
 
+# ---- another device ----------------------------------------------------------------------------------------------------
+@every_dtype
+@pytest.mark.parametrize("use", ["state_dict", "forward", "step"])
+def test_a_module_that_is_moved_in_between_keeps_its_update(use, dtype):
+    """To the CPU, as Lightning's teardown does; cpu:0 stands for another device where there is no GPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        start = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3)).to(dtype)
+    gpu = torch.cuda.is_available()
+
+    def loss(module: nn.Module) -> Tensor:
+        parameter = next(module.parameters())
+        return module(torch.arange(7, device=parameter.device)).to(torch.float32).square().mean()
+
+    def run(moved: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        module = copy.deepcopy(start).to("cuda" if gpu else "cpu")
+        optimizer = optimizer_of(module, interval=50)
+        train(module, optimizer, 3, loss)
+        assert optimizer._path.dirty
+        if moved:
+            path = optimizer._path
+            assert isinstance(path, LowRankPath)
+            module.cpu()
+            path._device = torch.device("cuda:0" if gpu else "cpu:0")
+        if use == "forward":
+            with torch.no_grad():
+                loss(module)
+            assert optimizer._path.dirty is not moved, "what cannot be shown is written"
+        elif use == "step":
+            train(module, optimizer, 1, loss)
+        saved = bits(module)
+        optimizer.detach()
+        return saved, memory(module)
+
+    (saved, written), (expected, _) = run(True), run(False)
+    assert same_bits(saved, written)
+    if use != "step" or not gpu:  # a step on another device has other roundings
+        assert same_bits(saved, expected)
+
+
+@every_dtype
+def test_weights_that_are_put_elsewhere_between_steps_are_seen_there(dtype):
+    """``p.data = ...``, as some callbacks do: the stand-ins are of the new memory."""
+    modules = [mixed(dtype), mixed(dtype)]
+    optimizers = [optimizer_of(module, interval=50) for module in modules]
+    for module, optimizer in zip(modules, optimizers, strict=True):
+        train(module, optimizer, 2)
+        optimizer.fold()
+    for parameter in modules[0].parameters():
+        parameter.data = parameter.data * 2
+    for parameter in modules[1].parameters():
+        parameter.data.mul_(2)
+    losses = [train(module, optimizer, 2) for module, optimizer in zip(modules, optimizers, strict=True)]
+    assert losses[0] == losses[1]
+    assert same_bits(bits(modules[0]), bits(modules[1]))
+    with torch.no_grad():
+        assert torch.equal(mean(modules[0]), mean(modules[1]))
+        for module in modules:
+            for parameter in module.parameters():
+                parameter.data = parameter.data * 0.5
+        assert torch.equal(mean(modules[0]), mean(modules[1]))
+
+
+# ---- drawing together --------------------------------------------------------------------------------------------------
+class Shapes(nn.Module):
+    """Small and large parameters, of every number of dimensions; below 16 entries torch draws by another route."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.long = nn.Embedding(33_000, 3), nn.Parameter(torch.zeros(40_000))
+        shapes = [(), (1,), (1, 1), (3, 1), (1, 7), (15, 4), (16, 4), (17, 3), (5,), (33,), (2048, 3), (4, 3, 2)]
+        self.others = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in shapes])
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "units"])
+@pytest.mark.parametrize("name", [None, "spectral", "sign", "euclidean"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_directions_drawn_together_are_those_of_each_parameter(name, scaled, threads):
+    module, before = Shapes(), torch.get_num_threads()
+    chosen = None if name is None else dict.fromkeys(("matrix", "embedding", "vector"), name)
+    optimizer = ZerothOrder(module.named_parameters(), seed=5, geometry=chosen).attach(module)
+    directions = LowRank()
+    torch.set_num_threads(threads)
+    try:
+        for step, query in ((0, 0), (7, 3), (55, -2)):
+            for group in optimizer.param_groups:
+                count = len(group["params"])
+                units = [1.0 if i % 3 == 0 else 0.1 * i + 1e-3 for i in range(count)] if scaled else None
+                group.update(step=step, units=units, transposed=step == 7)
+            path = optimizer._path
+            assert isinstance(path, LowRankPath)
+            path.begin()
+            flat = path._direction(query)
+            places = {place.name: place for place in path._places}
+            for group in optimizer.param_groups:
+                geometry = make_geometry(group["geometry"], group["radius"], group["transposed"])
+                zs = {
+                    n: directions.draw(Address(5, step, n, query), places[n].parameter.shape, CPU) for n in group["param_names"]
+                }
+                scale = sum_of_squares(zs.values()).rsqrt() if geometry.coupled else None
+                for unit, (n, z) in zip(group["units"] or [1.0] * len(zs), zs.items(), strict=True):
+                    u = geometry.extreme_point(z, scale)
+                    left = u.left.T if isinstance(u, Factors) else u
+                    expected = left * unit if unit != 1 else left
+                    assert torch.equal(raw(places[n].left(flat).contiguous()), raw(expected.contiguous())), n
+                    if isinstance(u, Factors):
+                        assert torch.equal(places[n].right(path._right), u.right), n
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_direction_of_zero_stays_zero(monkeypatch):
+    module = Shapes()
+    optimizer = ZerothOrder(module.named_parameters(), seed=5, geometry=dict.fromkeys(("matrix", "vector"), "spectral"))
+    path = optimizer.attach(module)._path
+    monkeypatch.setattr(Tensor, "normal_", lambda self, generator: self.zero_())
+    path.begin()
+    assert not path._direction(0).any()
+
+
 # ---- drawing ahead -----------------------------------------------------------------------------------------------------
 def ahead(module: nn.Module, prefetch: bool, **settings: Any) -> ZerothOrder:
     optimizer = optimizer_of(module, **settings)
@@ -920,10 +1050,10 @@ def test_directions_drawn_ahead_are_the_same(settings, dtype, monkeypatch):
     drawn: dict[bool, list[int]] = {False: [], True: []}
     original = LowRankPath._draw
 
-    def draw(path: LowRankPath, query: int, right: Tensor | None = None) -> Tensor:
-        if right is None:
+    def draw(path: LowRankPath, query: int, step: int | None = None) -> Tensor:
+        if step is None:
             drawn[path._prefetch].append(query)
-        return original(path, query, right)
+        return original(path, query, step)
 
     monkeypatch.setattr(LowRankPath, "_draw", draw)
     modules = [mixed(dtype), mixed(dtype)]

@@ -13,7 +13,7 @@ from torch import nn
 from tests.optim import reference
 from tests.optim.reference import bits, dense, same_bits
 from tests.optim.zoo import CASES, IDS
-from zo_lightning.optim import DIRECTIONS, Address, Displacement, LowRank, ZerothOrder, make_directions, make_geometry
+from zo_lightning.optim import Address, Displacement, LowRank, ZerothOrder, make_directions, make_geometry
 from zo_lightning.optim.scaling import Activity, entry_target, unit_entry
 
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ def test_only_the_first_call_counts():
 # ---- how large the entries of a unit direction are ---------------------------------------------------------------------
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("geometry", ["euclidean", "sign", "spectral", "row", "column"])
-@pytest.mark.parametrize("directions", [*(d for d in DIRECTIONS if d != "low_rank"), LowRank(1, 5), LowRank(4, 5)])
+@pytest.mark.parametrize("directions", [*(d for d in reference.BASIC if d != "low_rank"), LowRank(1, 5), LowRank(4, 5)])
 def test_unit_entry_is_what_unit_directions_have(directions, geometry, transposed):
     directions, made = make_directions(directions), make_geometry(geometry, 1.0, transposed)
     shapes = [torch.Size(s) for s in [(40, 60), (50,), (60, 40), (12, 3, 2, 2)]]
@@ -132,7 +132,7 @@ def test_unit_entry_is_what_unit_directions_have(directions, geometry, transpose
 
 
 # ---- in the optimizer --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("directions", DIRECTIONS)
+@pytest.mark.parametrize("directions", reference.BASIC)
 @pytest.mark.parametrize("settings", [{}, {"num_directions": 2, "momentum": 0.9}, {"update": "sgd"}])
 def test_probes_and_steps_are_measured_in_the_units(directions, settings):
     case = CASES["mixed"]

@@ -6,6 +6,7 @@ from zo_lightning.callbacks.ledger import Ledger
 from zo_lightning.callbacks.predictions import PredictionWriter
 from zo_lightning.callbacks.progress import ZOProgressBar
 from zo_lightning.callbacks.resume import ResumeCheckpoint
+from zo_lightning.callbacks.step_metrics import StepMetrics
 from zo_lightning.callbacks.summary import MetricsTable
 from zo_lightning.callbacks.validation import SpacedValidation
 
@@ -17,5 +18,6 @@ __all__ = [
     "PredictionWriter",
     "ResumeCheckpoint",
     "SpacedValidation",
+    "StepMetrics",
     "ZOProgressBar",
 ]

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zo_lightning.callbacks.refusals import refuse
+from zo_lightning.callbacks.step_metrics import log_step
 from zo_lightning.callbacks.takeover import TakeOver, give_rule
 from zo_lightning.modules import ZOModule, planned_steps
 from zo_lightning.optim import Gaussian, GeometryMap, ParameterFree, ZerothOrder
@@ -136,6 +137,8 @@ class AdaNAGED(Callback):
             self.optimizer = self._takeover.start(self._make_optimizer or ZerothOrder, self.geometry, self.rule, self._restored)
             self._restored = None
         else:
+            if getattr(pl_module, "first_order", False):
+                raise MisconfigurationException("AdaNAGED takes zeroth-order steps; first_order=True takes none: remove one")
             (self.optimizer,) = trainer.optimizers  # type: ignore[assignment]
             assert isinstance(self.optimizer, ZerothOrder)  # ZOModule.configure_optimizers sees to it
             give_rule(self.optimizer, self.rule)
@@ -166,17 +169,9 @@ class AdaNAGED(Callback):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or trainer.global_step % every:  # 0: no logging, as in Trainer(barebones=True)
             return  # Lightning spends some half a millisecond on each value
-        pl_module.log_dict({"zo/lr": report.lr, "zo/smoothing": report.smoothing}, prog_bar=True)
-        pl_module.log_dict(
-            {
-                "zo/curvature": self.rule.curvature,
-                "zo/gap": self.rule.gap,
-                "zo/gain": report.gain,
-                "zo/forwards": float(self.optimizer.forwards),
-                "zo/skipped": float(self._skipped),
-                "zo/recalibrations": float(self.rule.recalibrations),
-            }
-        )
+        rule = self.rule
+        more = {"curvature": rule.curvature, "gap": rule.gap, "recalibrations": float(rule.recalibrations)}
+        log_step(pl_module, report, self.optimizer.forwards, self._skipped, **more)
 
     # ---- the end -------------------------------------------------------------------------------------------------------
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -52,7 +52,8 @@ class Forecast(Callback):
         self._said = True
         assert isinstance(pl_module, ZOModule)
         optimizer = trainer.optimizers[0]
-        assert isinstance(optimizer, ZerothOrder)
+        if not isinstance(optimizer, ZerothOrder):
+            return  # a step by backpropagation cannot be tried without being taken
         with trainer.precision_plugin.train_step_context():
             seconds, peak = _measure(pl_module, batch, optimizer)
         count = sum(p.numel() for p in pl_module.parameters())
@@ -98,10 +99,9 @@ def _peak_memory(device: torch.device) -> float:
 
 def _curvature_share(optimizer: ZerothOrder) -> float:
     """Forwards for the curvature over those of a step."""
-    head = optimizer.param_groups[0]
-    if not isinstance(optimizer.step_rule, ParameterFree) or head["sides"] == 1:
+    if not isinstance(optimizer.step_rule, ParameterFree):
         return 0.0
-    return 1 / (optimizer.step_rule.interval * 2 * head["num_directions"])
+    return optimizer.forwards_for_curvature / (optimizer.step_rule.interval * optimizer.forwards_per_step)
 
 
 def _size(count: float) -> str:

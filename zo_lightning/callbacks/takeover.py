@@ -225,7 +225,8 @@ def give_rule(optimizer: ZerothOrder, rule: StepRule) -> None:
     """
     if not optimizer.update.normalised:
         raise MisconfigurationException(
-            f"AdaNAGED needs steps of unit norm, which update={optimizer.update.name!r} does not take; use update='lmo'"
+            f"AdaNAGED needs steps of unit norm, which update={optimizer.update.name!r} does not take; use update='lmo' or, "
+            "for a method that has it, normalised=True"
         )
     if optimizer.step_rule is not None:
         raise MisconfigurationException("the optimizer has a step_rule of its own; leave it or AdaNAGED out")

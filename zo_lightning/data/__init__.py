@@ -6,6 +6,7 @@ from zo_lightning.data.datamodule import PromptClassificationDataModule
 from zo_lightning.data.dataset import Example, PromptDataset
 from zo_lightning.data.errors import DataError
 from zo_lightning.data.loader import ResumableDataLoader
+from zo_lightning.data.multitask import MultiTaskDataModule
 from zo_lightning.data.repeat import repeat_batch, repeat_scoring_batch
 from zo_lightning.data.sources import SourceSplit, load_split
 from zo_lightning.data.splits import sample_eval, split_train_dev
@@ -36,6 +37,7 @@ __all__ = [
     "Example",
     "LengthBatchSampler",
     "MultiRC",
+    "MultiTaskDataModule",
     "PromptClassificationDataModule",
     "PromptDataset",
     "ResumableDataLoader",

@@ -80,8 +80,15 @@ class Record:
                 "Ledger callback, or start anew"
             )
         directions_of(optimizer.directions.signature(), optimizer.directions)
-        if type(optimizer.update) is not UPDATES.get(optimizer.update.name):
-            raise LedgerError(f"a replay cannot make the update rule {optimizer.update!r} from its name")
+        update, scheme = optimizer.update, optimizer.scheme
+        kind = UPDATES.get(update.name)
+        if kind is None or type(update) is not kind or vars(update) != vars(kind()) or not kind.replayable:
+            raise LedgerError(f"a replay cannot make the update rule {update.name!r} of this run from its name")
+        if optimizer.sampler is not None or scheme.name not in ("differences", "conservative"):
+            raise LedgerError(
+                "a ledger holds directional derivatives, and the steps of this method depend on more: those of "
+                f"{scheme.name if optimizer.sampler is None else optimizer.sampler.name!r}"
+            )
         theirs = {p: name for name, p in module.named_parameters()}
         for name, parameter in optimizer.named_parameters().items():
             if theirs.get(parameter) != name:

@@ -4,12 +4,14 @@ from zo_lightning.modules.base import ZOModule
 from zo_lightning.modules.classification import CausalLMClassificationModule
 from zo_lightning.modules.errors import ModelError
 from zo_lightning.modules.language_model import LanguageModelModule
+from zo_lightning.modules.learning_to_learn import FineTunerTraining
 from zo_lightning.modules.pretrained import load_causal_lm, weights_dtype
 from zo_lightning.modules.scoring import candidate_log_likelihoods, candidate_scores, classification_losses
 from zo_lightning.modules.steps import batches_per_step, planned_steps
 
 __all__ = [
     "CausalLMClassificationModule",
+    "FineTunerTraining",
     "LanguageModelModule",
     "ModelError",
     "ZOModule",

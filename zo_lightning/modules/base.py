@@ -46,9 +46,11 @@ class ZOModule(LightningModule):
         step whose probes run one after the other, and not where they run as one forward.
 
     Args:
-        optimizer: Makes the :class:`~zo_lightning.optim.ZerothOrder` from parameter groups.
+        optimizer: Makes the :class:`~zo_lightning.optim.ZerothOrder` from parameter groups; None is one with its own defaults.
         lr_scheduler: Makes a scheduler from the optimizer. It scales the step size of the parameter-free rule too.
         lr_scheduler_interval: Whether the scheduler is stepped after each ``"step"`` or ``"epoch"``.
+        first_order: Train by backpropagation in place of forward passes, as the reference that methods are compared with;
+            ``optimizer`` is then any of torch's.
         accumulate_grad_batches: Batches that make one step, as the argument of the Trainer, which Lightning keeps to automatic
             optimization. Each is probed at the same points and only the losses are kept; the last batches of an epoch make a
             step of their own.
@@ -62,18 +64,20 @@ class ZOModule(LightningModule):
 
     def __init__(
         self,
-        optimizer: OptimizerCallable = ZerothOrder,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
         accumulate_grad_batches: int = 1,
+        first_order: bool = False,
     ) -> None:
         super().__init__()
         if accumulate_grad_batches < 1:
             raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
         self.accumulate_grad_batches = accumulate_grad_batches
+        self.first_order = first_order
         self.automatic_optimization = False
         self.geometry: Mapping[str, GeometrySpec] | None = None
-        self._make_optimizer = optimizer
+        self._make_optimizer: OptimizerCallable = optimizer or ZerothOrder
         self._make_lr_scheduler = lr_scheduler
         self._lr_scheduler_interval = lr_scheduler_interval
 
@@ -102,12 +106,18 @@ class ZOModule(LightningModule):
         """One :class:`~zo_lightning.optim.ZerothOrder` over the trainable parameters, grouped by geometry.
 
         Raises:
-            MisconfigurationException: If ``optimizer`` makes something else, or the scheduler needs a metric.
+            MisconfigurationException: If ``optimizer`` makes something else (with ``first_order``, a zeroth-order one), or the
+                scheduler needs a metric.
         """
+        if self.first_order:
+            return self._with_scheduler(self._made([p for p in self.parameters() if p.requires_grad]))
         # the directions decide which geometries are the default, and only the optimizer knows them: hence a draft first
         draft = self._optimizer_over([(name, p) for name, p in self.named_parameters() if p.requires_grad])
         rules = draft.geometry if self.geometry is None else GeometryMap(self.geometry, directions=draft.directions)
         optimizer = self._optimizer_over(rules.split(self.named_parameters(), self)).attach(self)
+        return self._with_scheduler(optimizer)
+
+    def _with_scheduler(self, optimizer: torch.optim.Optimizer) -> OptimizerLRScheduler:
         if self._make_lr_scheduler is None:
             return optimizer
         scheduler = self._make_lr_scheduler(optimizer)
@@ -143,6 +153,9 @@ class ZOModule(LightningModule):
         """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
+        complete = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        if self.first_order:
+            return self._backpropagate(optimizer, batch, complete)
         zeroth_order = optimizer.optimizer
         assert isinstance(zeroth_order, ZerothOrder)
         closure, stacked = self.closures(batch)
@@ -166,7 +179,6 @@ class ZOModule(LightningModule):
             examples = 1 if losses is None else losses.numel() // copies
             return losses
 
-        complete = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         if complete:
             loss = optimizer.step(counted, stacked=counted_stack)
         else:
@@ -177,6 +189,19 @@ class ZOModule(LightningModule):
         if complete:
             self._step_lr_schedulers("step", self.trainer.global_step)
         return loss
+
+    def _backpropagate(self, optimizer: LightningOptimizer, batch: Any, complete: bool) -> Tensor:
+        """A step by gradients; those of the batches that make one add up to their mean."""
+        with torch.enable_grad():
+            losses = self.loss(batch)
+            loss = losses.float().mean()
+            self.manual_backward(loss / self.accumulate_grad_batches)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=losses.numel())
+        if complete:
+            optimizer.step()
+            optimizer.zero_grad()
+            self._step_lr_schedulers("step", self.trainer.global_step)
+        return loss.detach()
 
     def closures(self, batch: Any) -> tuple[Callable[[], Tensor], Callable[[int], Tensor | None]]:
         """The loss of a batch for the optimizer: as it is, and of several copies of it in one forward."""
@@ -216,11 +241,22 @@ class ZOModule(LightningModule):
                 config.scheduler.step()  # type: ignore[call-arg]  # none that needs a metric, see configure_optimizers
 
     def _optimizer_over(self, params: list[Any]) -> ZerothOrder:
+        optimizer = self._made(params)
+        assert isinstance(optimizer, ZerothOrder)
+        return optimizer
+
+    def _made(self, params: list[Any]) -> torch.optim.Optimizer:
         if not params:
             raise ModelError(f"{type(self).__name__} has no trainable parameter: all are frozen (requires_grad=False)")
         optimizer = self._make_optimizer(params)
-        if not isinstance(optimizer, ZerothOrder):
+        if self.first_order and isinstance(optimizer, ZerothOrder):
             raise MisconfigurationException(
-                f"the optimizer must be zo_lightning.optim.ZerothOrder or a subclass, got {type(optimizer).__name__}"
+                "first_order=True trains by backpropagation: the optimizer must be one of torch's, such as torch.optim.AdamW, "
+                f"got {type(optimizer).__name__}"
+            )
+        if not self.first_order and not isinstance(optimizer, ZerothOrder):
+            raise MisconfigurationException(
+                f"the optimizer must be zo_lightning.optim.ZerothOrder or a subclass, got {type(optimizer).__name__}; "
+                "first_order=True trains by backpropagation with it"
             )
         return optimizer

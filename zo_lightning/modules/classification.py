@@ -16,7 +16,6 @@ from zo_lightning.data import repeat_scoring_batch
 from zo_lightning.modules.adapters import is_prompt_learning
 from zo_lightning.modules.language_model import LanguageModelModule
 from zo_lightning.modules.scoring import candidate_scores, classification_losses
-from zo_lightning.optim import ZerothOrder
 
 __all__ = ["CausalLMClassificationModule"]
 
@@ -46,6 +45,7 @@ class CausalLMClassificationModule(LanguageModelModule):
         lr_scheduler: See :class:`ZOModule`.
         lr_scheduler_interval: See :class:`ZOModule`.
         accumulate_grad_batches: See :class:`ZOModule`.
+        first_order: See :class:`ZOModule`.
 
     Attributes:
         model: The language model, or the ``peft.PeftModel`` around it, once :meth:`configure_model` has run.
@@ -69,10 +69,11 @@ class CausalLMClassificationModule(LanguageModelModule):
         device_map: str | dict[str, Any] | None = None,
         max_memory: dict[Any, Any] | None = None,
         offload_folder: str | None = None,
-        optimizer: OptimizerCallable = ZerothOrder,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
         accumulate_grad_batches: int = 1,
+        first_order: bool = False,
     ) -> None:
         super().__init__(
             model_name_or_path,
@@ -88,6 +89,7 @@ class CausalLMClassificationModule(LanguageModelModule):
             lr_scheduler,
             lr_scheduler_interval,
             accumulate_grad_batches,
+            first_order,
         )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.length_normalised = length_normalised

@@ -24,7 +24,6 @@ from zo_lightning.modules.pretrained import (
     load_config,
     weights_dtype,
 )
-from zo_lightning.optim import ZerothOrder
 
 __all__ = ["LanguageModelModule"]
 
@@ -50,6 +49,7 @@ class LanguageModelModule(ZOModule):
         lr_scheduler: See :class:`ZOModule`.
         lr_scheduler_interval: See :class:`ZOModule`.
         accumulate_grad_batches: See :class:`ZOModule`.
+        first_order: See :class:`ZOModule`.
 
     Attributes:
         model: The language model, or the ``peft.PeftModel`` around it, once :meth:`configure_model` has run.
@@ -70,12 +70,13 @@ class LanguageModelModule(ZOModule):
         device_map: str | dict[str, Any] | None = None,
         max_memory: dict[Any, Any] | None = None,
         offload_folder: str | None = None,
-        optimizer: OptimizerCallable = ZerothOrder,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
         accumulate_grad_batches: int = 1,
+        first_order: bool = False,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, accumulate_grad_batches)
+        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, accumulate_grad_batches, first_order)
         self.model_name_or_path = resolve(model_name_or_path)
         self.dropout = dropout
         self.trust_remote_code = trust_remote_code

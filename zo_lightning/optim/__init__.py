@@ -3,12 +3,16 @@
 from zo_lightning.optim.directions import (
     DIRECTIONS,
     Address,
+    Block,
     Directions,
     Factors,
     Gaussian,
     LowRank,
     Rademacher,
     Sphere,
+    Subspace,
+    SubZeroDirections,
+    Tensors,
     make_directions,
 )
 from zo_lightning.optim.displacement import Displacement
@@ -27,20 +31,41 @@ from zo_lightning.optim.groups import GeometryMap
 from zo_lightning.optim.parameter_free import CalibrationError, ParameterFree
 from zo_lightning.optim.ranks import Alone, Ranks
 from zo_lightning.optim.rounding import round_stochastically
+from zo_lightning.optim.sampling import DiagonalHessian, LearnedMean, LearnedScales, Sampler, ScaleLearner, ScaleNetworks
+from zo_lightning.optim.schemes import SCHEMES, BestOf, Conservative, Differences, Scheme, make_scheme
 from zo_lightning.optim.step_rules import Probe, StepReport, StepRule
-from zo_lightning.optim.updates import LMO, SGD, UPDATES, Update, make_update
+from zo_lightning.optim.updates import (
+    LMO,
+    SGD,
+    UPDATES,
+    AdaMM,
+    Muon,
+    Standardised,
+    Unit,
+    Update,
+    make_update,
+    newton_schulz,
+)
+from zo_lightning.optim.updates import Sign as SignUpdate
 from zo_lightning.optim.zeroth_order import NonFiniteLossError, ZerothOrder
 
 __all__ = [
     "DIRECTIONS",
     "GEOMETRIES",
     "LMO",
+    "SCHEMES",
     "SGD",
     "UPDATES",
+    "AdaMM",
     "Address",
     "Alone",
+    "BestOf",
+    "Block",
     "CalibrationError",
     "Column",
+    "Conservative",
+    "DiagonalHessian",
+    "Differences",
     "Directions",
     "Displacement",
     "Euclidean",
@@ -48,23 +73,38 @@ __all__ = [
     "Gaussian",
     "Geometry",
     "GeometryMap",
+    "LearnedMean",
+    "LearnedScales",
     "LowRank",
+    "Muon",
     "NonFiniteLossError",
     "ParameterFree",
     "Probe",
     "Rademacher",
     "Ranks",
     "Row",
+    "Sampler",
+    "ScaleLearner",
+    "ScaleNetworks",
+    "Scheme",
     "Sign",
+    "SignUpdate",
     "Spectral",
     "Sphere",
+    "Standardised",
     "StepReport",
     "StepRule",
+    "SubZeroDirections",
+    "Subspace",
+    "Tensors",
+    "Unit",
     "Update",
     "ZerothOrder",
     "make_directions",
     "make_geometry",
+    "make_scheme",
     "make_update",
+    "newton_schulz",
     "polar",
     "round_stochastically",
 ]

@@ -16,6 +16,7 @@ from zo_lightning.optim.interrupts import deferred_interrupt
 from zo_lightning.optim.low_rank_path import LowRankPath
 from zo_lightning.optim.path import Path, Setting, geometry_of
 from zo_lightning.optim.pending import Pending
+from zo_lightning.optim.sampling import Sampler
 from zo_lightning.optim.step_rules import StepRule
 from zo_lightning.optim.updates import Update
 
@@ -30,11 +31,13 @@ class AttachableOptimizer(torch.optim.Optimizer):
     Attributes:
         directions: The family of directions.
         update: The update rule.
+        sampler: Shapes the directions, if there is one.
         step_rule: Sets the sizes of the steps, if there is one.
     """
 
     directions: Directions
     update: Update
+    sampler: Sampler | None
     step_rule: StepRule | None
     _module: nn.Module | None = None
     _made_path: Path | None = None
@@ -88,7 +91,7 @@ class AttachableOptimizer(torch.optim.Optimizer):
         self._made_path = self._pending = None
 
     def _path_over(self, displacement: Displacement) -> Path:
-        setting = Setting(self.param_groups, self.directions, self.update, self.state)
+        setting = Setting(self.param_groups, self.directions, self.update, self.state, self.sampler)
         low_rank = self.directions.low_rank and displacement.module is not None
         return LowRankPath(setting, displacement) if low_rank else DensePath(setting, displacement)
 
@@ -124,6 +127,7 @@ class AttachableOptimizer(torch.optim.Optimizer):
             reason = geometry.accepts(self.directions, parameter.shape)
             if reason is not None:
                 raise ValueError(f"geometry {geometry.name!r} of {name!r} with {self.directions.signature()}: {reason}")
+        self.directions.prepare({name: parameter.shape for name, parameter in self.named_parameters().items()})
         if self._module is None:
             self._made_path = None
         else:
@@ -149,6 +153,7 @@ class AttachableOptimizer(torch.optim.Optimizer):
         """
         state = dict(state_dict)
         rule, path, gathered = state.pop("step_rule", None), state.pop("path", {}), state.pop("gathered", None)
+        learned = state.pop("sampler", None)
         theirs, ours = state["param_groups"][0].get("directions"), self.directions.signature()
         if theirs != ours:
             raise ValueError(f"the checkpoint was made with directions {theirs}, this run has {ours}; use the same ones")
@@ -163,6 +168,8 @@ class AttachableOptimizer(torch.optim.Optimizer):
                 self.state[parameter][key] = value.to(parameter.device)
         if rule is not None and self.step_rule is not None:
             self.step_rule.load_state_dict(rule)
+        if learned is not None and self.sampler is not None:
+            self.sampler.load_state_dict(learned)
         self._path.load_state_dict(path)
         device = self.param_groups[0]["params"][0].device
         self._gathered = None if gathered is None else Gathered.from_state_dict(gathered, device)
@@ -185,6 +192,8 @@ class AttachableOptimizer(torch.optim.Optimizer):
             state["path"] = path
         if self.step_rule is not None:
             state["step_rule"] = self.step_rule.state_dict()
+        if self.sampler is not None and (learned := self.sampler.state_dict()):
+            state["sampler"] = learned
         if self._gathered is not None:
             state["gathered"] = self._gathered.state_dict()
         return state

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_lightning.optim import kernels
-from zo_lightning.optim.directions import Dense, Factors, block_rows, matrix_shape
+from zo_lightning.optim.directions import Dense, Factors, LowRank, block_rows, matrix_shape
 from zo_lightning.optim.displacement import eager
 from zo_lightning.optim.geometry import Geometry
 from zo_lightning.optim.path import Path, Point, geometry_of, sum_of_squares
@@ -18,6 +18,7 @@ from zo_lightning.optim.precision import no_autocast
 from zo_lightning.optim.randomness import generator
 from zo_lightning.optim.rounding import write_rounded
 from zo_lightning.optim.shown import Drawn, Shown, ShownDense, ShownVector
+from zo_lightning.optim.step_rules import StepReport
 
 __all__ = ["DensePath"]
 
@@ -36,11 +37,28 @@ class DensePath(Path):
     def begin(self) -> None:
         """See :meth:`Path.begin`."""
         self.end()
+        directions = self.setting.directions
+        if isinstance(directions, LowRank) and self.setting.head["step"] % directions.interval == 0:
+            self._carry()
 
     def end(self) -> None:
         """See :meth:`Path.end`."""
         self._scaled: dict[int, Scales] = {}
         self._places = {p: (index, geometry, name, unit) for index, geometry, name, p, unit in self.setting.members()}
+
+    @no_autocast()
+    def _carry(self) -> None:
+        """Project what is remembered of matrices onto the V of a new interval, as :class:`LowRankPath` does."""
+        sampler = self.setting.sampler
+        for parameter, (_, _, name, _) in self._places.items():
+            state = self.setting.state.get(parameter, {})
+            for key in ("momentum_buffer", *(() if sampler is None else sampler.carried)):
+                if key in state and parameter.dim() > 1:
+                    z = self._z(parameter, name, 0)
+                    assert isinstance(z, Factors)
+                    old = state[key].reshape(matrix_shape(parameter.shape))
+                    left = torch.linalg.solve(z.right.T @ z.right, z.right.T @ old.T)
+                    state[key] = (left.T @ z.right.T).reshape(parameter.shape)
 
     @contextmanager
     def show(self, points: Sequence[Point]) -> Iterator[None]:
@@ -54,7 +72,16 @@ class DensePath(Path):
             return {}
         for point in points:
             self._scales(point.query)  # before the first use: its pre-pass draws all directions of a group
-        return {p: self._stand_in(p, name, points) for p, (_, _, name, _) in self._places.items()}
+        # all directions of the step count, so that a forward takes the same course at each of them and in a stacked batch
+        queries = {point.query for point in points} | set(range(self.setting.head["num_directions"]))
+        return {
+            p: self._stand_in(p, name, points)
+            for p, (_, _, name, _) in self._places.items()
+            if any(self._moves(name, query) for query in queries)
+        }
+
+    def _moves(self, name: str, query: int) -> bool:
+        return self.setting.family(query).moves(self.setting.address(name, query))
 
     def _stand_in(self, parameter: nn.Parameter, name: str, points: Sequence[Point]) -> Shown:
         unit = self._places[parameter][3]
@@ -69,6 +96,10 @@ class DensePath(Path):
         dense.draws = [(drawn[point.query], point.tau * unit) for point in points]
         return dense
 
+    def drawn(self, parameter: nn.Parameter, query: int) -> Tensor:
+        """The random direction z itself, dense."""
+        return self._dense(parameter, self._z(parameter, self._places[parameter][2], query))
+
     def place(self, parameter: nn.Parameter) -> tuple[int, Geometry, str, float]:
         """Number and geometry of the parameter's group, its name, and its unit of length."""
         return self._places[parameter]
@@ -77,30 +108,49 @@ class DensePath(Path):
     @no_autocast()
     def _u(self, parameter: nn.Parameter, query: int) -> Tensor:
         """The direction u to probe ``parameter`` along, float32, drawn anew."""
+        return self._dense(parameter, self._probed(parameter, query))
+
+    def _probed(self, parameter: nn.Parameter, query: int) -> Tensor | Factors:
+        """The same, as factors where it is some."""
         index, geometry, name, _ = self._places[parameter]
-        z = self._z(parameter, name, query)
-        u = self.setting.update.probe(z, geometry, self._scales(query).get(index))
-        return u.dense().reshape(parameter.shape) if isinstance(u, Factors) else u
+        z = self._shaped(parameter, name, query)
+        if isinstance(z, Factors) and not self._keeps_factors(geometry):
+            z = self._dense(parameter, z)
+        return self.setting.update.probe(z, geometry, self._scales(query).get(index))
+
+    def _keeps_factors(self, geometry: Geometry) -> bool:
+        """Whether factors of which any may be held are factors again in what is done to them."""
+        setting = self.setting
+        return not (setting.update.oracle and setting.directions.factored) or geometry.name in ("spectral", "euclidean")
+
+    def _shaped(self, parameter: nn.Parameter, name: str, query: int) -> Tensor | Factors:
+        """The random direction, as what is learned of its distribution has it."""
+        z, sampler = self._z(parameter, name, query), self.setting.shaper
+        # a direction that leaves the parameter alone does so whatever its distribution
+        if sampler is None or query < 0 or not self.setting.directions.moves(self.setting.address(name, query)):
+            return z
+        dense = z.dense().reshape(parameter.shape) if isinstance(z, Factors) else z
+        return sampler.shape(dense, parameter, self.setting.memory(parameter))
 
     @no_autocast()
     def pieces(self, parameter: nn.Parameter, query: int) -> Iterator[tuple[int, int, Tensor]]:
         """The direction u in pieces of rows, where update and geometry treat each row by itself; else as one piece."""
         index, geometry, name, _ = self._places[parameter]
-        directions, shape, device = self.setting.directions, parameter.shape, parameter.device
+        directions, shape, device = self.setting.family(query), parameter.shape, parameter.device
         total = matrix_shape(shape)[0]
-        by_rows = not self.setting.update.normalised or geometry.by_rows
+        by_rows = (not self.setting.update.oracle or geometry.by_rows) and self.setting.shaper is None
         if parameter.dim() < 2 or not by_rows or not isinstance(directions, Dense):
             yield 0, total, self._u(parameter, query).reshape(total, -1)
             return
         scale = self._scales(query).get(index)
-        step = block_rows(shape, device) * _BLOCKS_AT_ONCE
+        step = block_rows(shape, device) * (_BLOCKS_AT_ONCE if device.type == "cpu" else 1)
         for first in range(0, total, step):
             last = min(first + step, total)
             z = directions.rows(self.setting.address(name, query), shape, first, last, device)
             yield first, last, self.setting.update.probe_(z, geometry, scale)
 
     def _z(self, parameter: nn.Parameter, name: str, query: int) -> Tensor | Factors:
-        return self.setting.directions.draw(self.setting.address(name, query), parameter.shape, parameter.device)
+        return self.setting.family(query).draw(self.setting.address(name, query), parameter.shape, parameter.device)
 
     @no_autocast()
     def _scales(self, query: int) -> Scales:
@@ -114,58 +164,107 @@ class DensePath(Path):
                 if self.setting.needs_scale(geometry):
                     members.setdefault(index, []).append((parameter, name))
             self._scaled[query] = {
-                index: sum_of_squares(self._z(p, name, query) for p, name in pairs).rsqrt() for index, pairs in members.items()
+                index: sum_of_squares(self._shaped(p, name, query) for p, name in pairs).rsqrt()
+                for index, pairs in members.items()
             }
         return self._scaled[query]
 
     # ---- the update ----------------------------------------------------------------------------------------------------
     @no_autocast()
-    def apply(self, slopes: list[float], rates: Sequence[float]) -> None:
+    def apply(self, report: StepReport, rates: Sequence[float]) -> None:
         """See :meth:`Path.apply`; the weights are written here and nowhere else."""
-        update = self.setting.update
+        update, sampler = self.setting.update, self.setting.sampler
+        weights = update.weights(report.slopes, self.setting.head["smoothing"])
+        terms = list(zip(report.taken, weights, strict=True))
         for group, lr in zip(self.setting.groups, rates, strict=True):
             geometry = geometry_of(group)
-            simple = len(slopes) == 1 and not group["momentum"]
+            simple = update.along and len(terms) == 1 and not group["momentum"]
             scale = None
-            if not simple and geometry.coupled and update.normalised:
+            if not simple and geometry.coupled and update.oracle:
                 # the oracle needs the norm of the whole group's estimate: a pre-pass
-                estimates = (self._estimate(p, group, slopes, store=False) for p in group["params"])
+                estimates = (self._estimate(p, group, terms, store=False) for p in group["params"])
                 scale = geometry.coupling(sum_of_squares(estimates))
             for parameter in group["params"]:
                 unit = self._places[parameter][3]
                 decay = 1 - lr * group["weight_decay"]
+                state = self.setting.memory(parameter)
+                draw = _Draw(self, parameter)
+                if sampler is not None:
+                    sampler.before_update(draw, parameter, state, report)
                 if simple:
-                    factor = -lr * unit * update.coefficient(slopes[0])
-                    if not _Direction(self, parameter, 0).update(factor, decay):
-                        self._write(parameter, self.pieces(parameter, 0), factor, decay)
+                    query, weight = terms[0]
+                    factor = -lr * unit * update.coefficient(weight)
+                    if not _Direction(self, parameter, query).update(factor, decay):
+                        self._write(parameter, self.pieces(parameter, query), factor, decay)
                 else:
-                    step = self._step(self._estimate(parameter, group, slopes, store=True), geometry, scale)
-                    self._write(parameter, iter([(0, len(step.view(-1)), step)]), lr * unit, decay)
+                    estimate = self._estimate(parameter, group, terms, store=True)
+                    step = self._dense(parameter, update.step(estimate, geometry, scale, state))
+                    self._write(parameter, iter([(0, step.numel(), step.contiguous())]), lr * unit, decay)
+                if sampler is not None:
+                    sampler.after_update(draw, parameter, state, report)
 
-    def _step(self, estimate: Tensor, geometry: Geometry, scale: Tensor | None) -> Tensor:
-        step = self.setting.update.step(estimate, geometry, scale)
-        assert isinstance(step, Tensor)
-        return step
+    @staticmethod
+    def _dense(parameter: nn.Parameter, step: Tensor | Factors) -> Tensor:
+        return step.dense().reshape(parameter.shape) if isinstance(step, Factors) else step
 
-    def _estimate(self, parameter: nn.Parameter, group: dict[str, Any], slopes: list[float], *, store: bool) -> Tensor:
-        """The averaged estimate ``mean_i ρ_i u_i`` in the parameter's unit, through its momentum if it has one (float32)."""
+    def _estimate(
+        self, parameter: nn.Parameter, group: dict[str, Any], terms: Sequence[tuple[int, float]], *, store: bool
+    ) -> Tensor | Factors:
+        """The estimate ``Σ w u`` in the parameter's unit, through its momentum if it has one (float32)."""
+        beta, directions, (_, geometry, name, _) = group["momentum"], self.setting.directions, self._places[parameter]
+        factored = directions.factored and parameter.dim() > 1 and self.setting.sampler is None
+        if not beta and factored and self._keeps_factors(geometry):
+            return self._factors(parameter, terms)
         total = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        for query, slope in enumerate(slopes):
-            total.add_(self._u(parameter, query), alpha=slope / len(slopes))
-        beta = group["momentum"]
+        probed: Tensor | None = None
+        for query, weight in terms:
+            if not self._moves(name, query):
+                continue
+            u = self._u(parameter, query)
+            total.add_(u, alpha=weight)
+            if beta and directions.sparse:
+                probed = u != 0 if probed is None else probed | (u != 0)
         if not beta:
             return total
         old = self.setting.state[parameter].get("momentum_buffer")
-        average = total.mul_(1 - beta) if old is None else total.mul_(1 - beta).add_(old, alpha=beta)
+        if old is None:
+            old = torch.zeros_like(total)
+        average = total.mul_(1 - beta).add_(old, alpha=beta)
+        if directions.sparse:  # an entry that was not probed keeps what is remembered of it
+            average = old.clone() if probed is None else torch.where(probed, average, old)
         if store:
             self.setting.state[parameter]["momentum_buffer"] = average
         return average
+
+    def _factors(self, parameter: nn.Parameter, terms: Sequence[tuple[int, float]]) -> Factors:
+        """The estimate of a matrix whose directions share a held factor, as factors."""
+        total: Factors | None = None
+        for query, weight in terms:
+            u = self._probed(parameter, query)
+            assert isinstance(u, Factors)
+            total = u.scaled(weight) if total is None else u.with_fresh(total.fresh.add_(u.fresh, alpha=weight))
+        assert total is not None
+        return total
 
     def _write(self, parameter: nn.Parameter, pieces: Iterator[tuple[int, int, Tensor]], factor: float, decay: float) -> None:
         name = self._places[parameter][2]
         head = self.setting.head
         source = generator(head["seed"], head["step"], name, "rounding", device=parameter.device)
         write_rounded(parameter, (rows for _, _, rows in pieces), factor, decay, source)
+
+
+class _Draw:
+    """A :class:`~zo_lightning.optim.sampling.Draw` of one parameter."""
+
+    def __init__(self, path: DensePath, parameter: nn.Parameter) -> None:
+        self._path, self._parameter, self._name = path, parameter, path.place(parameter)[2]
+
+    def __call__(self, query: int) -> Tensor:
+        return self._path.drawn(self._parameter, query)
+
+    def moves(self, query: int) -> bool:
+        setting = self._path.setting
+        return setting.directions.moves(setting.address(self._name, query))
 
 
 class _Direction(Drawn):
@@ -175,9 +274,10 @@ class _Direction(Drawn):
         self._path, self._parameter, self._query = path, parameter, query
         setting, (_, geometry, name, _) = path.setting, path.place(parameter)
         self._address = setting.address(name, query)
-        self._multiple = setting.update.multiple(setting.directions, geometry)
+        self._family = setting.family(query)
+        self._multiple = setting.update.multiple(self._family, geometry)
         fits = parameter.dim() > 0 and parameter.is_contiguous() and parameter.dtype in kernels.DTYPES
-        fits = fits and isinstance(setting.directions, Dense)
+        fits = fits and isinstance(self._family, Dense) and setting.shaper is None
         self.in_registers = fits and self._multiple is not None and kernels.available(parameter.device)
 
     def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -204,7 +304,7 @@ class _Direction(Drawn):
         return True
 
     def _blocks(self) -> Iterator[tuple[slice, int]]:
-        directions = self._path.setting.directions
+        directions = self._family
         assert isinstance(directions, Dense)
         step = block_rows(self._parameter.shape, self._parameter.device)
         for block, first in enumerate(range(0, len(self._parameter), step)):
@@ -217,6 +317,5 @@ class _Direction(Drawn):
 
     @property
     def _kind(self) -> kernels.Kind:
-        directions = self._path.setting.directions
-        assert isinstance(directions, Dense)
-        return directions.kind
+        assert isinstance(self._family, Dense)
+        return self._family.kind

@@ -131,19 +131,21 @@ class Displacement:
     def _swapped(self, stand_ins: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
         hidden = set(self._in_place)
         before = self._out
-        self._out = {}
+        self._out = out = {}
+        swapped: list[tuple[dict[str, Any], str, nn.Parameter]] = []
         try:
             for module, key, parameter in self.slots:
+                shown, owned = stand_ins.get(parameter), module._parameters
                 # a slot that holds something else is somebody's doing, as torch.func.functional_call's
-                if parameter in stand_ins and parameter not in hidden and module._parameters.get(key) is parameter:
-                    self._out[module, key] = stand_ins[parameter]
-                    module._parameters[key] = stand_ins[parameter]  # type: ignore[assignment]
+                if shown is None or owned.get(key) is not parameter or (hidden and parameter in hidden):
+                    continue
+                swapped.append((owned, key, parameter))
+                out[module, key] = owned[key] = shown  # type: ignore[assignment]
             yield
         finally:
             with deferred_interrupt():
-                for module, key, parameter in self.slots:
-                    if (module, key) in self._out:
-                        module._parameters[key] = parameter
+                for owned, key, parameter in swapped:
+                    owned[key] = parameter
                 self._out, self._paused = before, 0
 
     def pause(self, module: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,11 +23,19 @@ class Evaluations:
         plus: At ``x + τ u_i``, one for each direction.
         minus: At ``x - τ u_i``; with one-sided differences only the first direction's, where the curvature is measured.
         base: At x, where it is needed.
+        curve: At ``x ± τ w``, where the curvature is measured along a direction w of its own.
+        curve_smoothing: τ of these.
+        best: The direction that alone makes the step, and whose loss at the other side is the only one in ``minus``; None: all.
+        factor: What the slopes are multiplied by for the step.
     """
 
     plus: list[Tensor] = field(default_factory=list)
     minus: list[Tensor] = field(default_factory=list)
     base: Tensor | None = None
+    curve: list[Tensor] = field(default_factory=list)
+    curve_smoothing: float = 0.0
+    best: int | None = None
+    factor: float = 1.0
 
     @property
     def count(self) -> int:
@@ -40,10 +48,24 @@ class Evaluations:
 
     def and_those_of(self, other: Evaluations) -> Evaluations:
         """These and the losses of another part of the batch, at the same points."""
-        both = zip([*self.plus, *self.minus], [*other.plus, *other.minus], strict=True)
-        points = [torch.cat(pair) for pair in both]
-        base = None if self.base is None or other.base is None else torch.cat([self.base, other.base])
-        return Evaluations(points[: len(self.plus)], points[len(self.plus) :], base)
+
+        def joined(ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
+            return [torch.cat(pair) for pair in zip(ours, theirs, strict=True)]
+
+        return replace(
+            self,
+            plus=joined(self.plus, other.plus),
+            minus=joined(self.minus, other.minus),
+            base=None if self.base is None or other.base is None else torch.cat([self.base, other.base]),
+            curve=joined(self.curve, other.curve),
+        )
+
+    def pairs(self, sides: int) -> list[tuple[Tensor, Tensor]]:
+        """The losses of which each slope is a difference."""
+        if self.best is not None:
+            return [(self.plus[self.best], self.minus[0])]
+        others = self.minus if sides == 2 else [self.base] * len(self.plus)
+        return [(plus, other) for plus, other in zip(self.plus, others, strict=True) if other is not None]
 
     def report(self, step: int, tau: float, sides: int, ranks: Ranks) -> StepReport:
         """Bring the step's numbers to the host, in one synchronisation.
@@ -54,32 +76,44 @@ class Evaluations:
             sides: 2 for central differences, 1 for one-sided ones.
             ranks: The processes that take the step together.
         """
-        q = len(self.plus)
-        span = 2 * tau if sides == 2 else tau
-        others = self.minus if sides == 2 else [self.base] * q
-        pairs = [(plus, other) for plus, other in zip(self.plus, others, strict=True) if other is not None]
-        points = [*self.plus, *self.minus, *([] if self.base is None else [self.base])]
-        gains = [cross_validated_gain((plus - other) / span) for plus, other in pairs]
+        q, span = len(self.plus), 2 * tau if sides == 2 else tau
+        points = [*self.plus, *self.minus, *([] if self.base is None else [self.base]), *self.curve]
+        gains = [cross_validated_gain((plus - other) / span) for plus, other in self.pairs(sides)]
         values = torch.stack([*(x.mean() for x in points), *gains]).double()
         table = ranks.gather(values) if ranks.split else ranks.mean(values, self.count).unsqueeze(0)
         rows: list[list[float]] = table.tolist()
+        probes = q + len(self.minus)
         slopes: list[float] = []
         curvatures: list[float] = []
         for row in rows:
-            f_plus, f_minus = row[:q], row[q : q + len(self.minus)]
-            f_base = None if self.base is None else row[q + len(self.minus)]
+            f_plus, f_minus = row[:q], row[q:probes]
+            f_base = None if self.base is None else row[probes]
+            chosen = range(q) if self.best is None else [self.best]
             references = f_minus if sides == 2 else [f_base] * q
-            slopes += [(a - b) / span for a, b in zip(f_plus, references, strict=True) if b is not None]
-            if f_base is not None and f_minus:
-                curvatures.append((f_plus[0] - 2 * f_base + f_minus[0]) / tau**2)
-        probes = [x for row in rows for x in row[: q + len(self.minus)]]
+            slopes += [
+                self.factor * (f_plus[i] - other) / span
+                for i, other in zip(chosen, references, strict=True)
+                if other is not None
+            ]
+            if f_base is None:
+                continue
+            if self.curve:
+                above, below = row[probes + 1 : len(points)]
+                curvatures.append((above - 2 * f_base + below) / self.curve_smoothing**2)
+            elif f_minus:
+                curvatures.append((f_plus[chosen[0]] - 2 * f_base + f_minus[0]) / tau**2)
+        seen = [x for row in rows for x in row[:probes]]
         return StepReport(
             step=step,
-            loss=sum(probes) / len(probes),
+            loss=sum(seen) / len(seen),
             slopes=slopes,
             gain=sum(x for row in rows for x in row[len(points) :]) / len(slopes),
             curvature=sum(curvatures) / len(curvatures) if curvatures else None,
             finite=all(math.isfinite(x) for row in rows for x in row[: len(points)]),
+            queries=[] if self.best is None else [self.best],
+            plus=[x for row in rows for x in row[:q]],
+            minus=[x for row in rows for x in row[q:probes]],
+            asked=list(range(q * len(rows))),
         )
 
 
@@ -119,7 +153,7 @@ class Gathered:
 def _on(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [x.to(device) for x in value]
-    return None if value is None else value.to(device)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def cross_validated_gain(slopes: Tensor) -> Tensor:

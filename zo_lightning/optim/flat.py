@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from zo_lightning.optim.directions import Address, Factors, LowRank, matrix_shape
-from zo_lightning.optim.geometry import Geometry
-from zo_lightning.optim.path import Setting, geometry_of, sum_of_squares
+from zo_lightning.optim.geometry import Euclidean, Geometry, Sign, Spectral
+from zo_lightning.optim.path import Setting, sum_of_squares
+from zo_lightning.optim.randomness import in_parallel, purpose, seed_of
+from zo_lightning.optim.updates import LMO
 
-__all__ = ["Ahead", "Place", "device_of", "flat_direction", "places_of"]
+__all__ = ["Place", "device_of", "flat_direction", "flat_right", "places_of"]
+
+T = TypeVar("T")
+_CPU = torch.device("cpu")
+_UNDIVIDED = 1 << 15  # torch's threads share operations of so many entries
+_THREADS = 4  # at most: a drawing is half a dozen milliseconds, and each thread needs the interpreter for a third of its time
 
 
 @dataclass
@@ -29,6 +36,7 @@ class Place:
         columns: n, 0 for a vector.
         start: Of its r · m (or m) entries in the flat left factors, which lie as U transposed.
         right_start: Of its n · r entries in the flat right factors.
+        purpose: What its left factor (or vector) is drawn for, besides seed, step and query.
     """
 
     name: str
@@ -39,6 +47,10 @@ class Place:
     columns: int
     start: int
     right_start: int
+    purpose: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.purpose = purpose(self.name, "vector" if self.parameter.dim() < 2 else "left")
 
     @property
     def stop(self) -> int:
@@ -94,68 +106,133 @@ def flat_direction(
     setting: Setting,
     seed_and_step: tuple[int, int],
     query: int,
-    right: Tensor | None = None,
+    *,
+    pin: bool = False,
 ) -> Tensor:
-    """U of all parameters in one float32 tensor on the CPU, after the geometry; a pure function of its arguments."""
-    (seed, step), cpu = seed_and_step, torch.device("cpu")
-    drawn = [setting.directions.draw(Address(seed, step, p.name, query), p.parameter.shape, cpu) for p in places]
+    """U of all parameters in one float32 tensor on the CPU, after the geometry; a pure function of its arguments.
+
+    Args:
+        places: Where the parameters' factors lie.
+        geometries: Of each group.
+        units: Each parameter's unit of length.
+        setting: The directions and the update rule.
+        seed_and_step: Of the run, and of the step.
+        query: Which of the step's directions.
+        pin: Put it into pinned memory, from which it goes to a GPU without waiting.
+    """
+    flat = torch.empty(places[-1].stop, dtype=torch.float32, device=_CPU, pin_memory=pin)
+    if _is_simple(places, geometries, setting):
+        _draw_at_once(flat, places, geometries, units, purpose(*seed_and_step, query, more=True))
+        return flat
+    us = _one_by_one(places, geometries, setting, seed_and_step, query)
+    for place, unit, u in zip(places, units, us, strict=True):
+        left = u.left.T if isinstance(u, Factors) else u
+        torch.mul(left, unit, out=place.left(flat)) if unit != 1 else place.left(flat).copy_(left)
+    return flat
+
+
+def flat_right(
+    places: Sequence[Place],
+    geometries: Sequence[Geometry],
+    setting: Setting,
+    seed_and_step: tuple[int, int],
+    right: Tensor,
+) -> None:
+    """V of all matrices, on the CPU, after the geometry, into ``right``."""
+    if not _is_simple(places, geometries, setting):
+        for place, u in zip(places, _one_by_one(places, geometries, setting, seed_and_step, 0), strict=True):
+            if isinstance(u, Factors):
+                place.right(right).copy_(u.right)
+        return
+    assert isinstance(setting.directions, LowRank)
+    for place in places:
+        if place.rank:
+            v = setting.directions.right(Address(*seed_and_step, place.name), place.columns, place.rank)
+            place.right(right).copy_(v.sign() if isinstance(geometries[place.group], Sign) else v)
+
+
+def _one_by_one(
+    places: Sequence[Place], geometries: Sequence[Geometry], setting: Setting, seed_and_step: tuple[int, int], query: int
+) -> list[Tensor | Factors]:
+    """Each parameter's direction, after the geometry."""
+    drawn = [setting.directions.draw(Address(*seed_and_step, p.name, query), p.parameter.shape, _CPU) for p in places]
     members: dict[int, list[Tensor | Factors]] = {}
     for place, z in zip(places, drawn, strict=True):
         members.setdefault(place.group, []).append(z)
     scales = {g: sum_of_squares(zs).rsqrt() for g, zs in members.items() if setting.needs_scale(geometries[g])}
-    flat = torch.empty(places[-1].stop, dtype=torch.float32 if right is None else right.dtype)
-    for place, unit, z in zip(places, units, drawn, strict=True):
-        u = setting.update.probe(z, geometries[place.group], scales.get(place.group))
-        part = place.left(flat)
-        if isinstance(u, Factors):
-            torch.mul(u.left.T, unit, out=part) if unit != 1 else part.copy_(u.left.T)
-            if right is not None:
-                place.right(right).copy_(u.right)
-        else:
-            torch.mul(u, unit, out=part) if unit != 1 else part.copy_(u)
-    return flat
+    return [
+        setting.update.probe(z, geometries[place.group], scales.get(place.group))
+        for place, z in zip(places, drawn, strict=True)
+    ]
 
 
-_Key = tuple[int, int, list[Geometry], list[float]]
+def _is_simple(places: Sequence[Place], geometries: Sequence[Geometry], setting: Setting) -> bool:
+    """Whether :func:`_draw_at_once` gives what :func:`_one_by_one` does."""
+    return (
+        isinstance(setting.directions, LowRank)
+        and getattr(setting.directions.draw, "__func__", None) is LowRank.draw
+        and setting.directions.rank == 1
+        and type(setting.update) is LMO
+        and all(type(geometry) in (Euclidean, Sign, Spectral) for geometry in geometries)
+    )
 
 
-class Ahead:
-    """Draws the next step's directions in a thread while the device computes the present one's losses.
+def _draw_at_once(
+    flat: Tensor, places: Sequence[Place], geometries: Sequence[Geometry], units: Sequence[float], address: bytes
+) -> None:
+    """The directions of rank 1 of all parameters, bit for bit as each for itself, in few operations."""
+    parts = flat.split([place.stop - place.start for place in places])
+    largest_first = sorted(range(len(places)), key=lambda number: -parts[number].numel())
+    count = min(_THREADS, torch.get_num_threads(), len(places))
+    chunks = [largest_first[first::count] for first in range(count)]
 
-    Args:
-        pin: Whether they are put into pinned memory, from which they go to a GPU without waiting.
+    def draw(chunk: int) -> None:
+        source = torch.Generator(_CPU)
+        members: list[list[int]] = [[] for _ in geometries]
+        for number in chunks[chunk]:
+            parts[number].normal_(generator=source.manual_seed(seed_of(address + places[number].purpose)))
+            members[places[number].group].append(number)
+        for geometry, numbers in zip(geometries, members, strict=True):
+            mine = [parts[number] for number in numbers]
+            if not mine or isinstance(geometry, Euclidean):
+                continue
+            if isinstance(geometry, Spectral):
+                # a vector's polar factor; what is zero stays so
+                norms = torch.stack(torch._foreach_norm(mine)).clamp_min_(torch.finfo(flat.dtype).tiny)
+                torch._foreach_div_(*_pieces(mine, norms.unbind()))
+                factors = [geometry.aspect(places[number].parameter.shape) for number in numbers]
+            else:
+                torch._foreach_sign_(_pieces(mine, mine)[0])
+                factors = [1.0] * len(mine)
+            _multiply(mine, [factor * geometry.radius for factor in factors])
+            _multiply(mine, [units[number] for number in numbers])
+
+    in_parallel(draw, range(count), _CPU)
+    for group, geometry in enumerate(geometries):
+        if isinstance(geometry, Euclidean):
+            numbers = [number for number, place in enumerate(places) if place.group == group]
+            mine = [parts[number] for number in numbers]
+            torch._foreach_mul_(_pieces(mine, mine)[0], sum_of_squares(mine).rsqrt() * geometry.radius)
+            _multiply(mine, [units[number] for number in numbers])
+
+
+def _multiply(parts: Sequence[Tensor], factors: Sequence[float]) -> None:
+    """Multiply each part by its factor."""
+    pieces, each = _pieces(parts, factors)
+    chosen = [number for number, factor in enumerate(each) if factor != 1]
+    if chosen:
+        torch._foreach_mul_([pieces[number] for number in chosen], [float(each[number]) for number in chosen])
+
+
+def _pieces(parts: Sequence[Tensor], values: Sequence[T]) -> tuple[list[Tensor], list[T]]:
+    """The parts in pieces that torch does not divide among threads, and to each piece its part's value.
+
+    Waking threads costs more than the work, by orders of magnitude where the machine's cores are shared.
     """
-
-    def __init__(self, pin: bool) -> None:
-        self._pin = pin
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="directions")
-        self._key: _Key | None = None
-        self._future: Future[list[Tensor]] | None = None
-
-    def start(self, places: Sequence[Place], setting: Setting) -> None:
-        """Begin with the directions of the step after the coming one, unless they are under way."""
-        step, count = setting.head["step"] + 1, setting.head["num_directions"]
-        key = self._key_of(setting, step)
-        if self._key == key:
-            return
-        seed, _, geometries, units = key
-
-        def draw() -> list[Tensor]:
-            flats = [flat_direction(places, geometries, units, setting, (seed, step), query) for query in range(count)]
-            return [flat.pin_memory() for flat in flats] if self._pin else flats
-
-        self._key, self._future = key, self._worker.submit(draw)
-
-    def take(self, setting: Setting) -> list[Tensor]:
-        """The directions of the coming step, if they have been drawn; else none."""
-        if self._future is None or self._key != self._key_of(setting, setting.head["step"]):
-            return []
-        flats = self._future.result()
-        self._key = self._future = None
-        return flats
-
-    @staticmethod
-    def _key_of(setting: Setting, step: int) -> _Key:
-        """All that the directions of a step are a function of and that others may change."""
-        geometries = [geometry_of(group) for group in setting.groups]
-        return setting.head["seed"], step, geometries, [unit for *_, unit in setting.members()]
+    pieces: list[Tensor] = []
+    each: list[T] = []
+    for part, value in zip(parts, values, strict=True):
+        for piece in (part,) if part.numel() < _UNDIVIDED else part.split(_UNDIVIDED - 1):
+            pieces.append(piece)
+            each.append(value)
+    return pieces, each

@@ -195,10 +195,10 @@ class Spectral(Geometry):
         return torch.linalg.matrix_norm(_matrix(g), "nuc") * self.aspect(g.shape)
 
     def extreme_point(self, z: Tensor | Factors, scale: Tensor | None = None) -> Tensor | Factors:
-        """See :meth:`Geometry.extreme_point`; for factors, ``polar(U Vᵀ) = polar(U) Vᵀ`` because V is orthonormal."""
+        """See :meth:`Geometry.extreme_point`; for factors, ``polar(U Vᵀ) = polar(U) Vᵀ`` as the held V is orthonormal."""
         if isinstance(z, Factors):
             shape = torch.Size((z.left.shape[0], z.right.shape[0]))
-            return Factors(polar_thin(z.left) * (self.aspect(shape) * self.radius), z.right)
+            return z.with_fresh(polar_thin(z.fresh) * (self.aspect(shape) * self.radius))
         return (polar(_matrix(z)) * (self.aspect(z.shape) * self.radius)).reshape(z.shape)
 
 

@@ -17,18 +17,22 @@ from torch import Tensor, nn
 
 from zo_lightning.optim.directions import Directions, Factors, LowRank
 from zo_lightning.optim.displacement import Displacement, warn_of
-from zo_lightning.optim.flat import Ahead, Place, device_of, flat_direction, places_of
+from zo_lightning.optim.flat import Place, device_of, flat_direction, flat_right, places_of
 from zo_lightning.optim.geometry import Geometry
 from zo_lightning.optim.path import Path, Point, Setting, geometry_of, sum_of_squares
 from zo_lightning.optim.precision import no_autocast
 from zo_lightning.optim.randomness import generator
 from zo_lightning.optim.rounding import round_stochastically
+from zo_lightning.optim.sampling import Sampler
 from zo_lightning.optim.shown import Shown, ShownMatrix, ShownVector
+from zo_lightning.optim.step_rules import StepReport
+from zo_lightning.optim.world import submodules
 
 __all__ = ["LowRankPath"]
 
 _FOLDED_AT_ONCE = 1 << 22  # elements of a half-precision weight whose float32 copy is made at a time
 _CPU = torch.device("cpu")
+_Key = tuple[int, int, list[Geometry], list[Any]]
 
 
 class LowRankPath(Path):
@@ -41,7 +45,7 @@ class LowRankPath(Path):
     Args:
         setting: What it knows of the optimizer; the directions are low-rank.
         displacement: Over the parameters and their module.
-        prefetch: Draw the next step's directions in a thread while the device computes; None does so for CUDA.
+        prefetch: Draw the next step's directions while the device computes this one's losses; None does so for CUDA.
 
     Raises:
         ValueError: If the parameters lie on several devices.
@@ -60,9 +64,12 @@ class LowRankPath(Path):
         self._right: Tensor | None = None
         self._window: tuple[int, int] | None = None  # what V was drawn for
         self._origin: Tensor | None = None  # the vectors, in their places among the left factors
+        self._vectors: list[tuple[Tensor, nn.Parameter]] = []  # with their places in it
+        self._where: list[int] = []  # the weights' memory, at which the stand-ins look
         self._shown: dict[int, tuple[Tensor, dict[nn.Parameter, Shown]]] = {}
         self._drawn: dict[int, Tensor] = {}
-        self._ahead: Ahead | None = None
+        self._shaped: dict[int, Tensor] = {}
+        self._ahead: tuple[_Key, list[Tensor]] | None = None  # the next step's directions, and what they are a function of
         self._spans: list[slice] = []
         self._warned = False
         self._applied = 0  # updates so far, which seed the rounding
@@ -70,8 +77,8 @@ class LowRankPath(Path):
         self.version = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy of the module needs to go on showing the pending update: everything but threads and stand-ins."""
-        return {**self.__dict__, "_shown": {}, "_drawn": {}, "_ahead": None}
+        """What a copy of the module needs to go on showing the pending update: everything but directions and stand-ins."""
+        return {**self.__dict__, "_vectors": [], "_where": [], "_shown": {}, "_drawn": {}, "_shaped": {}, "_ahead": None}
 
     # ---- layout --------------------------------------------------------------------------------------------------------
     def _lay_out(self) -> None:
@@ -94,26 +101,31 @@ class LowRankPath(Path):
     def _lazy(self) -> bool:
         """Whether the update may wait. Compiled modules would not notice the hooks that show it, nor would in-place uses."""
         assert self.displacement.module is not None
-        return not self.displacement.in_place and not any(map(_is_compiled, self.displacement.module.modules()))
+        return not self.displacement.in_place and not any(map(_is_compiled, submodules(self.displacement.module)))
 
     # ---- directions ----------------------------------------------------------------------------------------------------
     def begin(self) -> None:
         """See :meth:`Path.begin`."""
         if not self._places:
             self._lay_out()
-        if self._places[0].parameter.device != self._device:
+        if self.moved_away:
             self._move(device_of(self._places))
         self._warn_of_formed()
-        self._drawn = {}
+        self._drawn, self._shaped = {}, {}
         self._turn()
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the vectors anew: others may have written them."""
+        """Read the vectors anew, and see where the matrices are: others may have written them, or put them elsewhere."""
         assert self._origin is not None
-        vectors = [place for place in self._places if not place.rank]
-        if vectors:
-            torch._foreach_copy_([p.left(self._origin) for p in vectors], [p.parameter.detach() for p in vectors])
+        if not self._vectors:
+            origin = self._origin
+            self._vectors = [(place.left(origin), place.parameter) for place in self._places if not place.rank]
+        if self._vectors:
+            torch._foreach_copy_([into for into, _ in self._vectors], [parameter for _, parameter in self._vectors])
+        where = [place.parameter.data_ptr() for place in self._places]
+        if where != self._where:
+            self._where, self._shown = where, {}
 
     def _move(self, device: torch.device) -> None:
         self._device = device
@@ -121,7 +133,7 @@ class LowRankPath(Path):
             None if flat is None else flat.to(self._device)
             for flat in (self._pending, self._right, self._origin, self._momentum)
         )
-        self._shown = {}
+        self._vectors, self._shown = [], {}
 
     def _turn(self) -> None:
         """Draw V where a new interval begins, and carry the momentum over to it."""
@@ -135,42 +147,75 @@ class LowRankPath(Path):
         assert self._right is not None
         old = self._right
         flat = torch.empty(old.shape, dtype=self._dtype)
-        self._draw(0, flat)
+        flat_right(self._places, self._geometries(), self.setting, (head["seed"], head["step"]), flat)
         new = flat.to(self._device)
         if self._momentum is not None and self._window is not None:
             for place in self._places:
                 if place.rank:
                     _carry(place.left(self._momentum), place.right(old), place.right(new))
+        if self.setting.sampler is not None and self._window is not None:
+            self._carry_learned(self.setting.sampler, old, new)
         old.copy_(new)
         self._window = window
         self._shown = {}
 
-    def _draw(self, query: int, right: Tensor | None = None) -> Tensor:
-        """The flat left factors of a direction, on the CPU; ``right`` is filled with the right ones."""
-        geometries = [geometry_of(group) for group in self.setting.groups]
-        head = self.setting.head
-        at = (head["seed"], head["step"])
-        return flat_direction(self._places, geometries, self._units(), self.setting, at, query, right)
+    def _carry_learned(self, sampler: Sampler, old: Tensor, new: Tensor) -> None:
+        for place in self._places:
+            state = self.setting.state[place.parameter]
+            for key in sampler.carried:
+                if place.rank and key in state:
+                    _carry(state[key], place.right(old), place.right(new))
+
+    def _draw(self, query: int, step: int | None = None) -> Tensor:
+        """The flat left factors of a direction, on the CPU; of the coming step if none is given."""
+        geometries, head = self._geometries(), self.setting.head
+        at = (head["seed"], head["step"] if step is None else step)
+        pin = self._device.type == "cuda"
+        return flat_direction(self._places, geometries, self._units(), self.setting, at, query, pin=pin)
+
+    def _geometries(self) -> list[Geometry]:
+        return [geometry_of(group) for group in self.setting.groups]
 
     def _units(self) -> list[float]:
         return [unit for *_, unit in self.setting.members()]
+
+    def _key(self, step: int) -> _Key:
+        """All that the directions of a step are a function of and that others may change."""
+        units = [None if group["units"] is None else list(group["units"]) for group in self.setting.groups]
+        return self.setting.head["seed"], step, self._geometries(), units
+
+    @no_autocast()
+    def look_ahead(self) -> None:
+        """See :meth:`Path.look_ahead`: draw the next step's directions, on the host."""
+        if not (self._device.type == "cuda" if self._prefetch is None else self._prefetch):
+            return
+        step = self.setting.head["step"] + 1
+        key, queries = self._key(step), range(self.setting.head["num_directions"])
+        drawn = [self._draw(query, step).to(self._device, non_blocking=True) for query in queries]
+        self._ahead = key, drawn
 
     @no_autocast()
     def _direction(self, query: int) -> Tensor:
         """The flat left factors U of a direction of the coming step, each parameter's in its unit of length."""
         if query not in self._drawn and query >= 0 and self._ahead is not None:
-            for number, flat in enumerate(self._ahead.take(self.setting)):
-                self._drawn[number] = flat.to(self._device, non_blocking=True)
+            (key, drawn), self._ahead = self._ahead, None
+            if key == self._key(self.setting.head["step"]):
+                self._drawn |= enumerate(drawn)
         if query not in self._drawn:
-            self._drawn[query] = self._draw(query).to(self._device)
-        return self._drawn[query]
+            self._drawn[query] = self._draw(query).to(self._device, non_blocking=True)
+        if self.setting.sampler is None or query < 0:
+            return self._drawn[query]
+        if query not in self._shaped:
+            self._shaped[query] = self._shape(self._drawn[query].clone(), self.setting.sampler)
+        return self._shaped[query]
 
-    def _look_ahead(self) -> None:
-        """Start to draw the next step's directions."""
-        if self._device.type == "cuda" if self._prefetch is None else self._prefetch:
-            if self._ahead is None:
-                self._ahead = Ahead(pin=self._device.type == "cuda")
-            self._ahead.start(self._places, self.setting)
+    def _shape(self, flat: Tensor, sampler: Sampler) -> Tensor:
+        """What is learned of the directions' distribution; the right factors are as they are drawn."""
+        for place, unit in zip(self._places, self._units(), strict=True):
+            left = place.left(flat)
+            z = left / unit if unit != 1 else left
+            left.copy_(sampler.shape(z, place.parameter, self.setting.state[place.parameter]).mul_(unit))
+        return flat
 
     # ---- what the model sees -------------------------------------------------------------------------------------------
     def stand_ins(self, points: Sequence[Point]) -> Mapping[nn.Parameter, Shown]:
@@ -194,8 +239,6 @@ class LowRankPath(Path):
             for place in self._places:
                 if place.rank:
                     shown[place.parameter].scale = self._scales[place.group]  # type: ignore[attr-defined]
-        if all(point.tau for point in points):
-            self._look_ahead()
         return shown
 
     def _stand_ins(self, parts: int) -> tuple[Tensor, dict[nn.Parameter, Shown]]:
@@ -214,11 +257,17 @@ class LowRankPath(Path):
                     matrix.left = lefts[:, place.start : place.stop].unflatten(1, (place.rank, size // place.rank))
                     matrix.right = place.right(self._right).to(place.parameter.dtype)
                     matrix.scale = 1.0
+                    if matrix.flat:
+                        matrix.turned = place.parameter.detach().t()
+                    if parts == 1 and place.rank == 1:
+                        matrix.single = matrix.left[0]
                     shown[place.parameter] = matrix
                 else:
                     vector: ShownVector = ShownVector.stand_in(place.name, place.parameter, parts)
                     values = lefts[:, place.start : place.stop]
                     vector.entries = values if place.parameter.dim() else values.squeeze(1)
+                    if place.parameter.dim():
+                        vector.rows = values.unsqueeze(1) if parts > 1 else values  # which broadcast as well
                     shown[place.parameter] = vector
             self._shown[parts] = lefts, shown
         return self._shown[parts]
@@ -238,11 +287,17 @@ class LowRankPath(Path):
 
     # ---- the update ----------------------------------------------------------------------------------------------------
     @no_autocast()
-    def apply(self, slopes: list[float], rates: Sequence[float]) -> None:
+    def apply(self, report: StepReport, rates: Sequence[float]) -> None:
         """See :meth:`Path.apply`: into C; the weights are written at the end of an interval."""
         assert self._pending is not None
-        average = self._average(slopes)
-        units = iter(self._units())
+        update, sampler = self.setting.update, self.setting.sampler
+        weights = update.weights(report.slopes, self.setting.head["smoothing"])
+        terms = list(zip(report.taken, weights, strict=True))
+        if sampler is not None:
+            for place in self._places:
+                sampler.before_update(_Draw(self, place), place.parameter, self.setting.state[place.parameter], report)
+        average = self._average(terms)
+        units = iter([] if average is None else self._units())
         for index, (group, lr) in enumerate(zip(self.setting.groups, rates, strict=True)):
             span = self._spans[index]
             decay = 1 - lr * group["weight_decay"]
@@ -250,11 +305,14 @@ class LowRankPath(Path):
                 self._pending[span].mul_(decay)
                 self._scales[index] *= decay
             if average is None:
-                coefficient = self.setting.update.coefficient(slopes[0])
-                self._pending[span].add_(self._direction(0)[span], alpha=-lr * coefficient)
+                query, weight = terms[0]
+                self._pending[span].add_(self._direction(query)[span], alpha=-lr * update.coefficient(weight))
                 continue
             members = [(place, next(units)) for place in self._places if place.group == index]
             self._step_along(average, members, geometry_of(group), lr)
+        if sampler is not None:
+            for place in self._places:
+                sampler.after_update(_Draw(self, place), place.parameter, self.setting.state[place.parameter], report)
         self.dirty = True
         self.version += 1
         self._applied += 1
@@ -262,14 +320,21 @@ class LowRankPath(Path):
         if (head["step"] + 1) % _interval(self.setting.directions) == 0 or not self._lazy:
             self.fold()
 
-    def _average(self, slopes: list[float]) -> Tensor | None:
-        """The estimate ``mean_i ρ_i u_i`` through its momentum, as flat factors; None for one direction without momentum."""
+    def drawn(self, place: Place, query: int) -> Tensor:
+        """The left factor of the random direction itself, transposed, in the parameter's unit."""
+        self._direction(query)  # makes it
+        unit = self._units()[self._places.index(place)]
+        left = place.left(self._drawn[query])
+        return left / unit if unit != 1 else left.clone()
+
+    def _average(self, terms: Sequence[tuple[int, float]]) -> Tensor | None:
+        """The estimate ``Σ w u`` through its momentum, as flat factors; None for one direction that is the step."""
         betas = [group["momentum"] for group in self.setting.groups]
-        if len(slopes) == 1 and not any(betas):
+        if len(terms) == 1 and not any(betas) and self.setting.update.along:
             return None
         total = torch.zeros(self._spans[-1].stop, dtype=self._dtype, device=self._device)
-        for query, slope in enumerate(slopes):
-            total.add_(self._direction(query), alpha=slope / len(slopes))
+        for query, weight in terms:
+            total.add_(self._direction(query), alpha=weight)
         for place, unit in zip(self._places, self._units(), strict=True):
             if unit != 1:
                 place.left(total).div_(unit)
@@ -290,10 +355,10 @@ class LowRankPath(Path):
             for place, _ in members
         ]
         scale = None
-        if geometry.coupled and self.setting.update.normalised:
+        if geometry.coupled and self.setting.update.oracle:
             scale = geometry.coupling(sum_of_squares(parts))
         for (place, unit), part in zip(members, parts, strict=True):
-            step = self.setting.update.step(part, geometry, scale)
+            step = self.setting.update.step(part, geometry, scale, self.setting.memory(place.parameter))
             move = step.left.T if isinstance(step, Factors) else step
             place.left(self._pending).add_(move, alpha=lr * unit)
 
@@ -317,6 +382,11 @@ class LowRankPath(Path):
                     matrix.scale = 1.0
         torch.clear_autocast_cache()
 
+    @property
+    def moved_away(self) -> bool:
+        """See :attr:`Path.moved_away`."""
+        return self._places[0].parameter.device != self._device
+
     def holds(self, parameter: nn.Parameter) -> bool:
         """See :meth:`Path.holds`."""
         return self.dirty and any(place.parameter is parameter for place in self._places)
@@ -329,6 +399,15 @@ class LowRankPath(Path):
         return self._folded(place, parameter.detach().clone()).to(device or parameter.device)
 
     def _folded(self, place: Place, weight: Tensor) -> Tensor:
+        """``s W + C Vᵀ`` into ``weight``, computed where C is.
+
+        The Trainer moves its module to the CPU before ``on_fit_end``; a CPU would round otherwise than a replay on the GPU.
+        """
+        if weight.device == self._device:
+            return self._folded_in_place(place, weight)
+        return weight.copy_(self._folded_in_place(place, weight.to(self._device, copy=True)))
+
+    def _folded_in_place(self, place: Place, weight: Tensor) -> Tensor:
         """``s W + C Vᵀ`` into ``weight``, rounded stochastically in half precision, and in pieces, to save memory."""
         assert self._pending is not None
         assert self._right is not None
@@ -362,7 +441,11 @@ class LowRankPath(Path):
             state["unfolded"] = {place.name: _saved(place.parameter.detach()) for place in self._places}
         if self._momentum is not None:
             state["momentum"] = {place.name: _saved(place.left(self._momentum)) for place in self._places}
-        if self.dirty or self._momentum is not None:
+        sampler = self.setting.sampler
+        learned = sampler is not None and any(
+            key in self.setting.state[place.parameter] for place in self._places for key in sampler.carried
+        )
+        if self.dirty or self._momentum is not None or learned:
             assert self._right is not None
             # V of the interval that they belong to: at the end of one the next has not been drawn yet
             state["right"] = {place.name: _saved(place.right(self._right)) for place in self._places if place.rank}
@@ -406,10 +489,23 @@ class LowRankPath(Path):
             place.left(flat).copy_(parts[place.name])
 
 
+class _Draw:
+    """A :class:`~zo_lightning.optim.sampling.Draw` of one parameter's left factor."""
+
+    def __init__(self, path: LowRankPath, place: Place) -> None:
+        self._path, self._place = path, place
+
+    def __call__(self, query: int) -> Tensor:
+        return self._path.drawn(self._place, query)
+
+    def moves(self, query: int) -> bool:
+        return True
+
+
 def _carry(momentum: Tensor, old: Tensor, new: Tensor) -> None:
     """Replace M by the M' for which ``M'ᵀ V'ᵀ`` is nearest to ``Mᵀ Vᵀ`` (LOZO's rule, for any V'): shapes (r, m), (n, r)."""
     overlap = torch.linalg.solve(new.T @ new, new.T @ old)
-    momentum.copy_(overlap @ momentum)
+    momentum.copy_(overlap @ momentum.to(overlap.dtype))
 
 
 def _saved(tensor: Tensor) -> Tensor:

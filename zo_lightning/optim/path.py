@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from zo_lightning.optim.directions import Address, Directions, Factors
 from zo_lightning.optim.displacement import Displacement
 from zo_lightning.optim.geometry import Geometry, make_geometry
+from zo_lightning.optim.sampling import Sampler
 from zo_lightning.optim.shown import Shown
+from zo_lightning.optim.step_rules import StepReport
 from zo_lightning.optim.updates import Update
 
 __all__ = ["Path", "Point", "Setting"]
@@ -37,12 +39,14 @@ class Setting:
         directions: The family of directions.
         update: The update rule.
         state: The optimizer's state by parameter.
+        sampler: What shapes the directions, if anything does.
     """
 
     groups: list[dict[str, Any]]
     directions: Directions
     update: Update
     state: Mapping[Any, dict[str, Any]]
+    sampler: Sampler | None = None
 
     @property
     def head(self) -> dict[str, Any]:
@@ -55,7 +59,20 @@ class Setting:
 
     def needs_scale(self, geometry: Geometry) -> bool:
         """Whether a direction needs the Euclidean norm of the whole group's."""
-        return geometry.coupled if self.update.normalised else self.directions.coupled
+        return geometry.coupled if self.update.oracle else self.directions.coupled
+
+    def family(self, query: int) -> Directions:
+        """The directions that a query is one of: negative ones are those along which a step rule measures."""
+        return (self.directions.whole() or self.directions) if query < 0 else self.directions
+
+    @property
+    def shaper(self) -> Sampler | None:
+        """The sampler, if directions have to go through it."""
+        return self.sampler if self.sampler is not None and self.sampler.shapes else None
+
+    def memory(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The state of a parameter, for what keeps one; else a dictionary that nobody keeps."""
+        return self.state[parameter] if self.update.remembers or self.sampler is not None else {}
 
     def members(self) -> Iterator[tuple[int, Geometry, str, nn.Parameter, float]]:
         """Number and geometry of the group, name, parameter and unit of length, group by group."""
@@ -101,12 +118,15 @@ class Path(ABC):
     def stand_ins(self, points: Sequence[Point]) -> Mapping[nn.Parameter, Shown]:
         """The displaced weights, each with as many parts as there are points."""
 
+    def look_ahead(self) -> None:  # noqa: B027 (optional)
+        """All forwards of a step are under way, and the host has nothing to do until their losses are there."""
+
     @abstractmethod
-    def apply(self, slopes: list[float], rates: Sequence[float]) -> None:
+    def apply(self, report: StepReport, rates: Sequence[float]) -> None:
         """Take the step.
 
         Args:
-            slopes: Directional derivative along each direction.
+            report: The directional derivatives, and the directions that they are of.
             rates: Step size of each group.
         """
 
@@ -116,6 +136,11 @@ class Path(ABC):
 
     def fold(self) -> None:  # noqa: B027 (optional)
         """Write the pending update into the weights."""
+
+    @property
+    def moved_away(self) -> bool:
+        """Whether the weights are on another device than the pending update."""
+        return False
 
     def holds(self, parameter: nn.Parameter) -> bool:
         """Whether an update of ``parameter`` may be pending."""
@@ -137,8 +162,8 @@ class Path(ABC):
 
 
 def sum_of_squares(parts: Iterable[Tensor | Factors]) -> Tensor:
-    """The squared Euclidean norm of a direction's parts together (of factors: V is orthonormal, so U's)."""
-    squares = [(z.left if isinstance(z, Factors) else z).square().sum() for z in parts]  # one by one: parts may be drawn here
+    """The squared Euclidean norm of a direction's parts together; of factors the fresh one's, as the other is orthonormal."""
+    squares = [(z.fresh if isinstance(z, Factors) else z).square().sum() for z in parts]  # one by one: parts may be drawn here
     total = squares[0]
     for square in squares[1:]:
         total = total + square.to(total.device)

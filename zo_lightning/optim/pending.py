@@ -2,8 +2,8 @@
 
 While an update is pending, forward passes outside of a step (validation, generation) see it: the modules' ``forward`` is
 wrapped. ``state_dict`` holds folded copies, and in the middle of a step's evaluation the weights rather than their stand-ins.
-Before ``load_state_dict`` or a forward with gradients the update is written. Hooks and wrappers belong to the modules, so that
-the update outlives its optimizer; a deep copy of a module has it written, and is free of them.
+Before ``load_state_dict``, a forward with gradients, or one on another device the update is written. Hooks and wrappers belong
+to the modules, so that the update outlives its optimizer; a deep copy of a module has it written, and is free of them.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class _Forward:
         forward = self._inner or functools.partial(type(self._module).forward, self._module)
         if pending.showing or not path.dirty:
             return forward(*args, **kwargs)
-        if torch.is_grad_enabled():  # autograd wants the parameters themselves
+        if torch.is_grad_enabled() or path.moved_away:  # autograd wants the parameters themselves
             path.fold()
             return forward(*args, **kwargs)
         pending.showing = True

@@ -14,7 +14,9 @@ from functools import cache
 
 import torch
 
-__all__ = ["generator", "in_parallel", "stable_seed"]
+__all__ = ["generator", "in_parallel", "purpose", "seed_of", "stable_seed"]
+
+_SEPARATOR = "\x1f"
 
 
 def stable_seed(*parts: int | str) -> int:
@@ -26,8 +28,18 @@ def stable_seed(*parts: int | str) -> int:
     Returns:
         An integer in ``[0, 2**63)``.
     """
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return seed_of(purpose(*parts))
+
+
+def purpose(*parts: int | str, more: bool = False) -> bytes:
+    """What :func:`stable_seed` hashes; ``more`` follows where many seeds differ in their last parts only."""
+    text = _SEPARATOR.join(f"{type(part).__name__}:{part}" for part in parts)
+    return (text + _SEPARATOR if more else text).encode()
+
+
+def seed_of(purpose: bytes) -> int:
+    """Hash a :func:`purpose`, or one ``more`` of which follows."""
+    return int.from_bytes(hashlib.blake2b(purpose, digest_size=8).digest(), "little") >> 1
 
 
 def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:

@@ -16,7 +16,7 @@ class StepReport:
     Attributes:
         step: Index of the step.
         loss: Mean of the losses at the probes.
-        slopes: Directional derivatives ρ along each direction.
+        slopes: Directional derivatives ρ along each direction that the step is made of.
         gain: Cross-validated gain of the step per unit length: unbiased for ``E[sign ρ]·⟨∇f, u⟩`` where the closure returns
             losses per example, else ``|ρ|``.
         curvature: Signed second difference ``(f₊ - 2f + f₋)/τ²`` along the first direction, where it was asked for.
@@ -27,6 +27,10 @@ class StepReport:
         forwards: Batch losses that the step evaluated.
         began_written: Whether no update was pending when this one was taken: all of them were in the weights.
         ended_written: The same after it.
+        queries: The numbers of these directions among those of the step; empty for 0, 1, ...
+        plus: Mean loss at ``x + τ u`` for each direction that was asked.
+        minus: The same at ``x - τ u``, where it was.
+        asked: The numbers of the directions of ``plus``.
     """
 
     step: int
@@ -41,6 +45,15 @@ class StepReport:
     rates: list[float] = field(default_factory=list)
     began_written: bool = True
     ended_written: bool = True
+    queries: list[int] = field(default_factory=list)
+    plus: list[float] = field(default_factory=list)
+    minus: list[float] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+
+    @property
+    def taken(self) -> list[int]:
+        """The numbers of the directions that the step is made of."""
+        return self.queries or list(range(len(self.slopes)))
 
 
 class Probe(ABC):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["BufferChanges", "World", "each_once", "generators_of"]
+__all__ = ["BufferChanges", "World", "each_once", "generators_of", "submodules"]
 
 
 class World:
@@ -34,7 +34,7 @@ class World:
         if module is not None:
             self._buffers = [
                 (owner._buffers, name, buffer, each_once(buffer.detach()).clone())
-                for owner in module.modules()
+                for owner in submodules(module)
                 for name, buffer in owner._buffers.items()
                 if buffer is not None
             ]
@@ -86,7 +86,7 @@ class BufferChanges:
     def __init__(self, module: nn.Module) -> None:
         self._before = [
             (owner, [(name, buffer, _version(buffer)) for name, buffer in owner._buffers.items()])
-            for owner in module.modules()
+            for owner in submodules(module)
             if owner._buffers
         ]
         self._changes: list[tuple[dict[str, Tensor | None], str, Tensor | None, Tensor | None]] = []
@@ -107,6 +107,19 @@ class BufferChanges:
             if buffer is not None and value is not None:
                 each_once(buffer.detach()).copy_(value)
             owned[name] = buffer
+
+
+def submodules(module: nn.Module) -> list[nn.Module]:
+    """What ``module.modules()`` gives, several times as fast, for what is done at every step."""
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        owner = waiting.pop()
+        if owner is not None and owner not in found:
+            found[owner] = None
+            if owner._modules:
+                waiting += [*owner._modules.values()][::-1]
+    return list(found)
 
 
 def _version(buffer: Tensor | None) -> int:

@@ -17,10 +17,12 @@ from zo_lightning.optim.evaluations import Evaluations, Gathered
 from zo_lightning.optim.evaluator import Closure, Evaluator, Stacked
 from zo_lightning.optim.groups import GeometryMap, GeometrySpec, named_groups
 from zo_lightning.optim.interrupts import deferred_interrupt
-from zo_lightning.optim.path import Point, geometry_of
+from zo_lightning.optim.path import geometry_of
 from zo_lightning.optim.probing import Prober
 from zo_lightning.optim.ranks import Alone, Ranks
+from zo_lightning.optim.sampling import Sampler
 from zo_lightning.optim.scaling import output_units
+from zo_lightning.optim.schemes import Plan, Scheme, make_scheme
 from zo_lightning.optim.step_rules import StepReport, StepRule
 from zo_lightning.optim.updates import Update, make_update
 
@@ -52,7 +54,8 @@ class ZerothOrder(AttachableOptimizer):
         interval: Steps ν for which the right factor of low-rank directions is held.
         geometry: Overrides of the default map from parameters to geometries, by kind (``matrix``, ``embedding``, ``vector``)
             or name pattern; see :class:`GeometryMap`.
-        update: ``"lmo"`` (normalised steps) or ``"sgd"``.
+        update: ``"lmo"`` (normalised steps), ``"sgd"``, ``"unit"``, ``"sign"``, ``"muon"``, ``"adamm"``, ``"standardised"``, or
+            an :class:`Update`.
         scaling: ``"output"`` measures, in the first forward, how large a change of each parameter changes its module's output
             by the output's own size, and takes that for the unit of length; ``"none"`` takes the parameter's own units.
         num_directions: Directions q per step; each costs ``sides`` forwards. More than one, or momentum, use an estimate per
@@ -66,6 +69,9 @@ class ZerothOrder(AttachableOptimizer):
             losses are independent, and memory allows, and one after the other otherwise; ``"sequential"`` always does the
             latter; ``"stacked"`` raises where the former is not possible.
         max_nonfinite: This many steps in a row with a NaN or infinite loss raise :class:`NonFiniteLossError`.
+        scheme: ``"differences"`` (``num_directions`` and ``sides`` say which), ``"best_of"``, ``"conservative"``, or a
+            :class:`Scheme`.
+        sampler: Shapes the directions by what the losses have told, for example :class:`LearnedMean`.
 
     Attributes:
         last: What the last step measured, a :class:`StepReport`.
@@ -100,6 +106,8 @@ class ZerothOrder(AttachableOptimizer):
         step_rule: StepRule | None = None,
         probes: Literal["auto", "sequential", "stacked"] = "auto",
         max_nonfinite: int = 10,
+        scheme: str | Scheme = "differences",
+        sampler: Sampler | None = None,
     ) -> None:
         _check("lr", lr, lr >= 0 and math.isfinite(lr), "a finite number >= 0")
         _check("smoothing", smoothing, smoothing > 0 and math.isfinite(smoothing), "a finite number > 0")
@@ -112,6 +120,17 @@ class ZerothOrder(AttachableOptimizer):
         _check("max_nonfinite", max_nonfinite, max_nonfinite >= 1, "at least 1")
         self.directions = make_directions(directions, rank=rank, interval=interval)
         self.update = make_update(update)
+        self.update.check(self.directions, num_directions)
+        self.scheme = make_scheme(scheme)
+        self.scheme.check(self.update, num_directions, sides, momentum, weight_decay)
+        self.sampler = sampler
+        if sampler is not None:
+            _check_sampler(sampler, self.directions, self.update)
+        if step_rule is not None and not self.update.normalised:
+            raise ValueError(
+                f"step_rule sets the length of a step, and the steps of update={self.update.name!r} are as long as the slope "
+                "is steep; use an update whose steps are normalised, or, for a method that has it, normalised=True"
+            )
         self.scaling = scaling
         self.step_rule = step_rule
         self.probes = probes
@@ -134,6 +153,7 @@ class ZerothOrder(AttachableOptimizer):
             "unresolved": 0,
         }
         self.ranks: Ranks = Alone()
+        self._rates: tuple[float, ...] = ()
         self.probing = False
         self.geometry = GeometryMap(geometry, directions=self.directions)
         super().__init__(named_groups(params, self.geometry), defaults)
@@ -178,6 +198,7 @@ class ZerothOrder(AttachableOptimizer):
             assert self._gathered is not None
             # whatever happens from here on, the next step starts with a batch of its own
             gathered, self._gathered = self._gathered, None
+            path.look_ahead()
             report = gathered.losses.report(self.step_index, head["smoothing"], head["sides"], self.ranks)
             report.rates = [group["lr"] * by for group, by in zip(self.param_groups, gathered.multipliers, strict=True)]
             report.lr, report.smoothing = report.rates[0], head["smoothing"]
@@ -190,6 +211,8 @@ class ZerothOrder(AttachableOptimizer):
             self._show()
         self._count_nonfinite(report)
         report.forwards = head["forwards"] - gathered.forwards
+        if self.sampler is not None and report.finite:
+            self.sampler.end(report)
         if self.step_rule is not None:
             self.step_rule.after_step(report)
         loss = gathered.losses.loss()
@@ -209,7 +232,15 @@ class ZerothOrder(AttachableOptimizer):
 
         Returns:
             The mean of the losses seen at this part's probes, a scalar tensor.
+
+        Raises:
+            ValueError: If the scheme needs the whole batch at once.
         """
+        if self.scheme.whole:
+            raise ValueError(
+                f"scheme {self.scheme.name!r} probes where the losses before have told it to, so that the batch cannot come in "
+                "parts: use accumulate_grad_batches=1 and a larger batch"
+            )
         path, fresh = self._path, self._nothing_gathered()
         self.probing = False
         evaluator = self._begin(closure, stacked)
@@ -267,6 +298,7 @@ class ZerothOrder(AttachableOptimizer):
                 prober = Prober(self._path, evaluator, self.ranks)
                 gathered.want_curvature = self.step_rule.before_step(self.step_index, prober)
                 gathered.multipliers = self._assign_sizes()
+        self._rates = tuple(g["lr"] * by for g, by in zip(self.param_groups, gathered.multipliers, strict=True))
         seen = self._probe(evaluator, gathered.want_curvature)
         gathered.add(seen)
         self._gathered = gathered
@@ -277,7 +309,7 @@ class ZerothOrder(AttachableOptimizer):
     def _move(self, report: StepReport) -> None:
         """Take the step; nothing of it if a loss was not finite."""
         if report.finite:
-            self._path.apply(report.slopes, report.rates)
+            self._path.apply(report, report.rates)
             torch.clear_autocast_cache()
         for group in self.param_groups:
             group["step"] += 1
@@ -333,6 +365,8 @@ class ZerothOrder(AttachableOptimizer):
                     self._resumed = False
                     self._count(-1)
             self._measure_units()
+            if self.sampler is not None:
+                self.sampler.begin(self.param_groups, self.step_index)
             path.begin()
             if self.probes == "stacked" and not (path.stackable and evaluator.given):
                 where = "a parameter is moved in place" if evaluator.given else "the closure has no stacked form"
@@ -373,22 +407,43 @@ class ZerothOrder(AttachableOptimizer):
                 group["units"] = units
 
     def _probe(self, evaluator: Evaluator, want_curvature: bool) -> Evaluations:
-        head, path = self.param_groups[0], self._path
-        tau, q = head["smoothing"], head["num_directions"]
-        seen = Evaluations()
+        head = self.param_groups[0]
+        if self.ranks.split and (self.scheme.whole or self.sampler is not None):
+            raise ValueError("processes with directions of their own cannot learn from one another's: use shared directions")
+        plan = Plan(
+            smoothing=head["smoothing"],
+            count=head["num_directions"],
+            sides=head["sides"],
+            first=self.ranks.rank * head["num_directions"] if self.ranks.split else 0,
+            base=self.sampler is not None and self.sampler.wants_base,
+            curvature=want_curvature or (self.sampler is not None and self.sampler.wants_base),
+            curve_smoothing=self._curve_smoothing(),
+            rates=self._rates or tuple(group["lr"] for group in self.param_groups),
+        )
         self.probing = True
-        if head["sides"] == 1 or want_curvature:
-            seen.base = evaluator.at([Point()], path.show)[0]
-        first = self.ranks.rank * q if self.ranks.split else 0
-        signs = (1, -1) if head["sides"] == 2 else (1,)
-        points = [Point(first + query, sign * tau) for query in range(q) for sign in signs]
-        if head["sides"] == 1 and want_curvature:
-            points.insert(1, Point(first, -tau))
-        losses = evaluator.at(points, path.show, stackable=path.stackable)
+        seen = self.scheme.probe(Prober(self._path, evaluator, self.ranks), plan, self.update)
         self.probing = False
-        for point, values in zip(points, losses, strict=True):
-            (seen.plus if point.tau > 0 else seen.minus).append(values)
         return seen
+
+    def _curve_smoothing(self) -> float | None:
+        """τ of a rule that measures the curvature along directions of its own."""
+        return None if self.step_rule is None or self.directions.whole() is None else self.step_rule.smoothing
+
+    @property
+    def forwards_per_step(self) -> float:
+        """Batch losses of a step, without calibration and the rule's curvature."""
+        head = self.param_groups[0]
+        forwards = self.scheme.forwards(head["num_directions"], head["sides"])
+        return float(forwards + (self.sampler is not None and self.sampler.wants_base and head["sides"] == 2))
+
+    @property
+    def forwards_for_curvature(self) -> int:
+        """Batch losses more in a step that measures the curvature."""
+        head = self.param_groups[0]
+        based = head["sides"] == 1 or self.scheme.based or (self.sampler is not None and self.sampler.wants_base)
+        if self.directions.whole() is not None:
+            return 3 - based
+        return 1 if head["sides"] == 1 or not based else 0
 
     def _assign_sizes(self) -> list[float]:
         """Write the rule's step size and smoothing into the groups.
@@ -402,8 +457,12 @@ class ZerothOrder(AttachableOptimizer):
         for group in self.param_groups:
             beta = group["momentum"]
             # averaged steps are correlated: this keeps the variance of their sum what it is without momentum
-            step_size = self.step_rule.step_size * math.sqrt((1 - beta) / (1 + beta))
-            group["smoothing"] = self.step_rule.smoothing
+            length = self.step_rule.step_size * math.sqrt((1 - beta) / (1 + beta))
+            # what is remembered of sparse directions stays the same for as many steps as it takes to probe it again
+            length *= math.sqrt(self.directions.density) if beta else 1.0
+            # a probe of few entries may go farther for the same rise of the loss
+            group["smoothing"] = self.step_rule.smoothing / math.sqrt(self.directions.densest)
+            step_size = self.update.rate(length, group["smoothing"], group["num_directions"])
             if group.get("initial_lr"):
                 multipliers.append(step_size / group["initial_lr"])
             else:
@@ -429,6 +488,16 @@ class ZerothOrder(AttachableOptimizer):
             UserWarning,
             stacklevel=4,
         )
+
+
+def _check_sampler(sampler: Sampler, directions: Directions, update: Update) -> None:
+    if update.oracle:
+        raise ValueError(
+            f"a learned distribution of directions ({sampler.name}) needs probes along the directions themselves, which "
+            f"update={update.name!r} replaces by extreme points; use 'sgd' or 'unit'"
+        )
+    if directions.coupled or directions.factored or (sampler.dense and directions.low_rank):
+        raise ValueError(f"a learned distribution of directions ({sampler.name}) does not work with {directions.signature()}")
 
 
 def _check(name: str, value: Any, right: bool, expected: str) -> None:

@@ -44,11 +44,13 @@ class Shown(Tensor):
         plain: The weight itself, which is only read.
         label: Its name, for messages.
         parts: In how many parts the batch comes, each with a displacement of its own.
+        flat: Whether the weight has two dimensions; asking the stand-in itself would go through its handlers.
     """
 
     plain: Tensor
     label: str
     parts: int
+    flat: bool
     met: ClassVar[list[tuple[str, list[torch.Size]]] | None] = None
     """Where it is a list, every use adds the weight's name and the shapes of what it meets there."""
     handlers: ClassVar[dict[Any, Callable[..., Any]]] = {}
@@ -59,7 +61,7 @@ class Shown(Tensor):
         """A tensor of ``plain``'s storage that stands for it."""
         # as nn.Parameter is made: no view, whose base torch.compile would look at
         shown = torch.Tensor._make_subclass(cls, plain.data, plain.requires_grad)
-        shown.plain, shown.label, shown.parts = plain, name, parts
+        shown.plain, shown.label, shown.parts, shown.flat = plain, name, parts, plain.dim() == 2
         return shown
 
     def value(self, part: int = 0) -> Tensor:

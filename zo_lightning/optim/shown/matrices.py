@@ -24,11 +24,15 @@ class ShownMatrix(Shown):
         left: L transposed, shape (parts, r, m), float32 or wider.
         right: V, shape (n, r), the weight's dtype.
         scale: s, which weight decay makes less than 1 between two writes of the weight.
+        turned: The weight transposed, where whoever made the stand-in has it at hand.
+        single: The left factor of the only part, where there is only one and its rank is 1: shape (1, m).
     """
 
     left: Tensor
     right: Tensor
     scale: float
+    turned: Tensor | None = None
+    single: Tensor | None = None
 
     @no_autocast()
     def value(self, part: int = 0) -> Tensor:
@@ -50,68 +54,86 @@ class _Transposed(Shown):
 
 
 def _transpose(weight: ShownMatrix, dim0: int = 0, dim1: int = 1) -> Any:
-    if not isinstance(weight, ShownMatrix) or weight.dim() != 2 or (dim0 - dim1) % 2 == 0:
+    if not isinstance(weight, ShownMatrix) or not weight.flat or (dim0 - dim1) % 2 == 0:
         return NotImplemented
     shown = _Transposed.stand_in(weight.label, weight.plain.detach().T, weight.parts)
     shown.of = weight
     return shown
 
 
-def _projected(x: Tensor, factor: Tensor, parts: int) -> Tensor:
-    """``x`` (parts · N, n) times ``factor`` (n, r) or (parts, n, r): shape (parts, N, r)."""
-    if factor.dim() == 2:
-        return (x @ factor.to(x.dtype)).view(parts, -1, factor.shape[1])
-    return torch.bmm(x.reshape(parts, -1, x.shape[1]), factor.to(x.dtype))
-
-
-def _outer(bias: Tensor | None, inner: Tensor, left: Tensor, dtype: torch.dtype) -> Tensor:
-    """``bias + inner left``, shape (parts, N, m), from (parts, N, r) and (parts or 1, r, m), rounded to ``dtype`` once."""
-    parts, rows, rank = inner.shape
-    out = torch.empty(parts, rows, left.shape[2], dtype=dtype, device=inner.device)
-    if rank == 1 and (bias is None or bias.dtype == left.dtype):
-        # one pass that rounds as it writes; on CUDA without a float32 temporary
-        if bias is None:
-            return torch.mul(inner, left, out=out)
-        return torch.addcmul(bias, inner, left, out=out)
-    with as_they_are(inner):
-        product = torch.bmm(inner.to(left.dtype), left.expand(parts, -1, -1))
-    return out.copy_(product if bias is None else product + bias)
-
-
 def _bias_for(bias: Tensor | None, wide: torch.dtype) -> Tensor | None:
     """A bias for activations (parts, N, m)."""
-    if isinstance(bias, Shown) and not isinstance(bias, ShownVector):
+    if isinstance(bias, ShownVector):
+        return spread(bias, 1)
+    if isinstance(bias, Shown):
         if bias.parts > 1:
             raise NotStackableError(f"{bias.label} is used as a bias, which takes one weight for the whole batch")
         bias = bias.value()
-    return None if bias is None else spread(bias, 1).detach().to(wide)
+    return None if bias is None else bias.detach().to(wide)
 
 
-def _affine(x: Tensor, plain: Tensor, start: Callable[[torch.dtype], Tensor], scale: float, shape: Sequence[int]) -> Tensor:
-    """``start + scale · x plain`` with x (N, n) and plain (n, m)."""
+def _affine(x: Tensor, plain: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, scale: float, parts: int) -> Tensor:
+    """``bias + scale · x plain + (x first) second``, shape (parts, N, m), or (N, m) where ``second`` has two dimensions.
+
+    Every call of torch costs the host as much as a small kernel costs the device: there are as few as can be.
+
+    Args:
+        x: Shape (parts · N, n).
+        plain: Shape (n, m).
+        first: Shape (n, r) or (parts, n, r).
+        second: Shape (parts or 1, r, m), or (1, m) for one part; float32 or wider.
+        bias: Broadcasts to the result; of the dtype of ``second``.
+        scale: s.
+        parts: The number of parts.
+    """
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, plain = x.to(dtype), plain.to(dtype)
-    y = start(x.dtype).view(x.shape[0], -1)
+        kind = torch.get_autocast_dtype(x.device.type)
+        x, plain = x.to(kind), plain.to(kind)
+    dtype, wide = x.dtype, second.dtype
+    if first.dtype != dtype:
+        first = first.to(dtype)
+    rank, columns = second.shape[-2:]
+    if first.dim() == 3:
+        inner = torch.bmm(x.view(parts, -1, x.shape[1]), first)
+    elif second.dim() == 3:
+        inner = torch.mm(x, first).view(parts, -1, rank)
+    else:
+        inner = torch.mm(x, first)
+    if rank == 1 and (bias is None or bias.dtype == wide):
+        # one pass that rounds as it writes; on CUDA without a float32 temporary
+        if dtype == wide:
+            y = inner * second if bias is None else torch.addcmul(bias, inner, second)
+        else:
+            y = torch.empty((*inner.shape[:-1], columns), dtype=dtype, device=x.device)
+            torch.mul(inner, second, out=y) if bias is None else torch.addcmul(bias, inner, second, out=y)
+    else:
+        with as_they_are(inner):
+            y = torch.matmul(inner.to(wide), second)
+            y = (y if bias is None else y + bias).to(dtype)
     # the product is added to what is there, as it would be to a bias: the displacement costs no pass over the output
-    return y.addmm_(x, plain, alpha=scale).view(*shape, -1)
+    out = y if y.dim() == 2 else y.view(-1, columns)
+    out.addmm_(x, plain) if scale == 1 else out.addmm_(x, plain, alpha=scale)
+    return y
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if isinstance(input, Shown):
         return NotImplemented
-    x = input.reshape(-1, input.shape[-1])
+    if isinstance(weight, ShownMatrix) and weight.flat:
+        shape, parts = input.shape, weight.parts
+        x = input if len(shape) == 2 else input.reshape(-1, shape[-1])
+        if x.shape[0] % parts:
+            return NotImplemented
+        plain = weight.plain.t() if weight.turned is None else weight.turned
+        left = weight.left if weight.single is None else weight.single
+        y = _affine(x, plain, weight.right, left, _bias_for(bias, left.dtype), weight.scale, parts)
+        return y if y.dim() == 2 and len(shape) == 2 else y.view(*shape[:-1], -1)
     shown = weight if isinstance(weight, Shown) else bias
-    if not isinstance(shown, Shown) or x.shape[0] % shown.parts:
+    if not isinstance(shown, Shown):
         return NotImplemented
-    parts = shown.parts
-    if isinstance(weight, ShownMatrix) and weight.dim() == 2:
-
-        def start(dtype: torch.dtype) -> Tensor:
-            inner = _projected(x.to(dtype), weight.right, parts)
-            return _outer(_bias_for(bias, weight.left.dtype), inner, weight.left, dtype)
-
-        return _affine(x, weight.plain.detach().T, start, weight.scale, input.shape[:-1])
+    parts, rows = shown.parts, input.shape[:-1].numel()
+    if rows % parts:
+        return NotImplemented
     if isinstance(weight, ShownDense):
         return weight.linear(input, bias)
     if parts == 1:
@@ -124,13 +146,10 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _times(x: Tensor, weight: ShownMatrix, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
     """``bias + x W`` for a weight stored (in, out): ``x (s W + L Vᵀ) = s x W + (x L) Vᵀ``."""
-
-    def start(dtype: torch.dtype) -> Tensor:
-        inner = _projected(x.to(dtype), weight.left.transpose(1, 2), weight.parts)
-        wide = weight.left.dtype
-        return _outer(_bias_for(bias, wide), inner, weight.right.T.unsqueeze(0).to(wide), dtype)
-
-    return _affine(x, weight.plain.detach(), start, weight.scale, shape)
+    wide = weight.left.dtype
+    first, second = weight.left.transpose(1, 2), weight.right.t().unsqueeze(0).to(wide)
+    y = _affine(x, weight.plain.detach(), first, second, _bias_for(bias, wide), weight.scale, weight.parts)
+    return y.view(*shape, -1)
 
 
 def _addmm(
@@ -144,7 +163,7 @@ def _addmm(
     """``input + mat1 mat2`` as transformers' Conv1D uses it: the weight is stored (in, out)."""
     if isinstance(mat1, Shown) or beta != 1 or alpha != 1:
         return NotImplemented
-    if isinstance(mat2, ShownMatrix) and mat2.dim() == 2 and mat1.shape[0] % mat2.parts == 0:
+    if isinstance(mat2, ShownMatrix) and mat2.flat and mat1.shape[0] % mat2.parts == 0:
         return _times(mat1, mat2, input, mat1.shape[:1])
     if isinstance(mat2, Shown) or not isinstance(input, ShownVector) or input.parts == 1:
         return NotImplemented
@@ -156,7 +175,7 @@ def _matmul(first: Any, second: Any) -> Tensor:
         return NotImplemented
     if isinstance(second, _Transposed):
         return _linear(first, second.of)
-    if isinstance(second, ShownMatrix) and second.dim() == 2:
+    if isinstance(second, ShownMatrix) and second.flat:
         flat = first.reshape(-1, first.shape[-1])
         if flat.shape[0] % second.parts:
             return NotImplemented
@@ -177,7 +196,7 @@ def _embedding(
         return NotImplemented
     if isinstance(weight, ShownDense):
         return weight.embedding(input)
-    if not isinstance(weight, ShownMatrix) or weight.dim() != 2:
+    if not isinstance(weight, ShownMatrix) or not weight.flat:
         return NotImplemented
     if weight.parts > 1:
         divided(input, weight.parts, weight.label)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zo_lightning.optim.shown.base import Shown, as_they_are, divided
+from zo_lightning.optim.shown.base import Shown, divided
 
 __all__ = ["ShownVector", "spread"]
 
@@ -19,9 +19,11 @@ class ShownVector(Shown):
 
     Attributes:
         entries: Shape (parts, *shape), float32 or wider: displacements far below a half-precision weight's resolution count.
+        rows: The entries with a dimension in the middle, where whoever made the stand-in has them at hand.
     """
 
     entries: Tensor
+    rows: Tensor | None = None
 
     def value(self, part: int = 0) -> Tensor:
         """See :meth:`Shown.value`."""
@@ -31,7 +33,9 @@ class ShownVector(Shown):
 def spread(weight: Tensor, between: int) -> Tensor:
     """A vector for activations of shape (parts, ..., *shape), with ``between`` dimensions in the middle."""
     if isinstance(weight, ShownVector):
-        return weight.entries.reshape(weight.parts, *(1,) * between, *weight.entries.shape[1:])
+        if between == 1 and weight.rows is not None:
+            return weight.rows
+        return weight.entries.view(weight.parts, *(1,) * between, *weight.entries.shape[1:])
     return weight
 
 
@@ -42,26 +46,32 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    vectors = [v for v in (weight, bias) if isinstance(v, ShownVector)]
-    if isinstance(input, Shown) or any(isinstance(v, Shown) and not isinstance(v, ShownVector) for v in (weight, bias)):
+    first = weight if isinstance(weight, ShownVector) else bias
+    if not isinstance(first, ShownVector) or isinstance(input, Shown) or _is_other(weight) or _is_other(bias):
         return NotImplemented
-    parts = vectors[0].parts
-    wide = vectors[0].entries.dtype
+    parts, wide = first.parts, first.entries.dtype
     if parts == 1 and (input.dtype == wide or torch.is_autocast_enabled(input.device.type)):
         given = [v.entries[0] if isinstance(v, ShownVector) else v for v in (weight, bias)]
-        return F.layer_norm(input, normalized_shape, given[0], given[1], eps)
-    normal = F.layer_norm(input, normalized_shape, None, None, eps)
-    y = divided(normal, parts, vectors[0].label)
-    between = y.dim() - 1 - len(normalized_shape)
-    with as_they_are(y):  # in place: one pass, rounded once, as it is written
-        if weight is None:
-            assert bias is not None
-            torch.add(y, spread(bias, between), out=y)
-        elif bias is None:
-            torch.mul(y, spread(weight, between), out=y)
-        else:
-            torch.addcmul(spread(bias, between), y, spread(weight, between), out=y)
+        return torch.layer_norm(input, normalized_shape, given[0], given[1], eps)  # F's would look for handlers once more
+    normal = torch.layer_norm(input, normalized_shape, None, None, eps)
+    if len(normalized_shape) == 1 and normal.dim() > 1 and normal.shape[0] % parts == 0:
+        y, between = normal.view(parts, -1, normal.shape[-1]), 1
+    else:
+        y = divided(normal, parts, first.label)
+        between = y.dim() - 1 - len(normalized_shape)
+    # in place: one pass, rounded once, as it is written; autocast leaves what has an output alone
+    if weight is None:
+        assert bias is not None
+        torch.add(y, spread(bias, between), out=y)
+    elif bias is None:
+        torch.mul(y, spread(weight, between), out=y)
+    else:
+        torch.addcmul(spread(bias, between), y, spread(weight, between), out=y)
     return y.view(normal.shape)
+
+
+def _is_other(value: Any) -> bool:
+    return isinstance(value, Shown) and not isinstance(value, ShownVector)
 
 
 def _rms_norm(
