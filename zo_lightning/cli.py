@@ -41,7 +41,10 @@ class ZOParser(LightningArgumentParser):
         """Say what is wrong with the arguments, and exit with code 2."""
         message = " ".join(message.split())
         if "is not accepted" in message:
-            message += "; options of a class need the class before them: --model.optimizer ZerothOrder --model.optimizer.rank 4"
+            message += (
+                "; the class in use has no such option, or has to be named before it: --model.optimizer ZerothOrder "
+                "--model.optimizer.rank 4"
+            )
         print(f"zo-lightning: error: {message} (--help lists the options)", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
 

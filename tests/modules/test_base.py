@@ -1,5 +1,6 @@
 """The base module in a Trainer: one step per batch, schedulers, refusals."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from tests.quadratic import Quadratic, batches, loader, trainer, weights
 from zo_lightning.callbacks import AdaNAGED
 from zo_lightning.modules import ModelError, ZOModule
 from zo_lightning.optim import ZerothOrder
+from zo_lightning.optim.methods import ConservativeZO
 
 
 def plain(params, probes="sequential"):
@@ -117,6 +119,44 @@ def test_scheduler_that_needs_a_metric_is_refused(tmp_path):
 def test_first_order_optimizer_is_refused(tmp_path):
     module = Quadratic(optimizer=lambda params: torch.optim.SGD([p for _, p in params], lr=0.1))
     with pytest.raises(MisconfigurationException, match=r"must be zo_lightning\.optim\.ZerothOrder or a subclass, got SGD"):
+        trainer(tmp_path, max_steps=1).fit(module, loader())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_first_order_steps_are_those_of_torch(accumulate, tmp_path):
+    """The mean gradient of the batches of a step; an epoch's last step may have fewer."""
+    torch.manual_seed(0)
+    module = Quadratic(
+        optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+        accumulate_grad_batches=accumulate,
+        first_order=True,
+    )
+    twin = copy.deepcopy(module.net)
+    per_epoch = -(-len(batches()) // accumulate)
+    trainer(tmp_path, max_epochs=2).fit(module, loader())
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    for step in range(2 * per_epoch):
+        window = batches()[step % per_epoch * accumulate :][:accumulate]
+        optimizer.zero_grad()
+        torch.stack([(twin(x) - y).square().mean(dim=1).mean() for x, y in window]).mean().backward()
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.5**step
+        optimizer.step()
+    for a, b in zip(module.net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_first_order_and_a_zeroth_order_optimizer_contradict_each_other(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"first_order=True .* such as torch\.optim\.AdamW, got ZerothOrder"):
+        trainer(tmp_path, max_steps=1).fit(Quadratic(first_order=True), loader())
+    module = Quadratic(optimizer=partial(torch.optim.SGD, lr=0.1), first_order=True)
+    with pytest.raises(MisconfigurationException, match="first_order=True takes none: remove one"):
+        trainer(tmp_path, max_steps=1, callbacks=[AdaNAGED()]).fit(module, loader())
+
+
+def test_steps_of_several_batches_are_refused_where_the_losses_decide_on_the_probes(tmp_path):
+    module = Quadratic(optimizer=ConservativeZO, accumulate_grad_batches=2)
+    with pytest.raises(MisconfigurationException, match=r"ConservativeZO needs the whole batch at once: .*=2"):
         trainer(tmp_path, max_steps=1).fit(module, loader())
 
 

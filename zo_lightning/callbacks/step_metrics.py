@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zo_lightning.callbacks.optimizers import zeroth_order
-from zo_lightning.optim import ParameterFree, StepReport, ZerothOrder
+from zo_lightning.optim import StepReport, ZerothOrder
 
 __all__ = ["StepMetrics"]
 
@@ -27,8 +27,11 @@ class StepMetrics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizer."""
-        found = [optimizer for optimizer in zeroth_order(trainer) if not isinstance(optimizer.step_rule, ParameterFree)]
-        self._optimizer = found[0] if len(found) == 1 else None
+        from zo_lightning.callbacks.adanaged import AdaNAGED  # which logs by this file's function
+
+        found = zeroth_order(trainer)
+        driven = any(isinstance(callback, AdaNAGED) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        self._optimizer = found[0] if len(found) == 1 and not driven else None
         self._seen = 0 if self._optimizer is None else self._optimizer.step_index
 
     def on_train_batch_end(

@@ -79,16 +79,18 @@ class Record:
                 f"the run has taken {optimizer.step_index} steps that are in no ledger; go on from a checkpoint made with the "
                 "Ledger callback, or start anew"
             )
-        directions_of(optimizer.directions.signature(), optimizer.directions)
         update, scheme = optimizer.update, optimizer.scheme
         kind = UPDATES.get(update.name)
         if kind is None or type(update) is not kind or vars(update) != vars(kind()) or not kind.replayable:
-            raise LedgerError(f"a replay cannot make the update rule {update.name!r} of this run from its name")
+            raise LedgerError(
+                f"a replay cannot make the update rule {update.name!r} of this run from its name; leave the Ledger callback out"
+            )
         if optimizer.sampler is not None or scheme.name not in ("differences", "conservative"):
             raise LedgerError(
                 "a ledger holds directional derivatives, and the steps of this method depend on more: those of "
-                f"{scheme.name if optimizer.sampler is None else optimizer.sampler.name!r}"
+                f"{scheme.name if optimizer.sampler is None else optimizer.sampler.name!r}; leave the Ledger callback out"
             )
+        directions_of(optimizer.directions.signature(), optimizer.directions)
         theirs = {p: name for name, p in module.named_parameters()}
         for name, parameter in optimizer.named_parameters().items():
             if theirs.get(parameter) != name:
@@ -218,7 +220,8 @@ def directions_of(signature: str, like: Directions | None = None) -> Directions:
             made = None
     if made is None or made.signature() != signature or (like is not None and type(like) is not type(made)):
         raise LedgerError(
-            f"a replay cannot make the directions {signature!r}; the families are {', '.join(sorted(DIRECTIONS))}"
+            f"a replay cannot make the directions {signature!r} from their signature; leave the Ledger callback out, or use "
+            "low_rank, gaussian, rademacher, sphere, subspace or subzero"
         )
     return made
 

@@ -106,8 +106,8 @@ class ZOModule(LightningModule):
         """One :class:`~zo_lightning.optim.ZerothOrder` over the trainable parameters, grouped by geometry.
 
         Raises:
-            MisconfigurationException: If ``optimizer`` makes something else (with ``first_order``, a zeroth-order one), or the
-                scheduler needs a metric.
+            MisconfigurationException: If ``optimizer`` makes something else (with ``first_order``, a zeroth-order one), cannot
+                take a step of several batches, or the scheduler needs a metric.
         """
         if self.first_order:
             return self._with_scheduler(self._made([p for p in self.parameters() if p.requires_grad]))
@@ -115,6 +115,11 @@ class ZOModule(LightningModule):
         draft = self._optimizer_over([(name, p) for name, p in self.named_parameters() if p.requires_grad])
         rules = draft.geometry if self.geometry is None else GeometryMap(self.geometry, directions=draft.directions)
         optimizer = self._optimizer_over(rules.split(self.named_parameters(), self)).attach(self)
+        if optimizer.scheme.whole and self.accumulate_grad_batches > 1:
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} needs the whole batch at once: use accumulate_grad_batches=1 and a larger batch, "
+                f"got accumulate_grad_batches={self.accumulate_grad_batches}"
+            )
         return self._with_scheduler(optimizer)
 
     def _with_scheduler(self, optimizer: torch.optim.Optimizer) -> OptimizerLRScheduler:
@@ -155,7 +160,7 @@ class ZOModule(LightningModule):
         assert isinstance(optimizer, LightningOptimizer)
         complete = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         if self.first_order:
-            return self._backpropagate(optimizer, batch, complete)
+            return self._backpropagate(optimizer, batch, batch_idx, complete)
         zeroth_order = optimizer.optimizer
         assert isinstance(zeroth_order, ZerothOrder)
         closure, stacked = self.closures(batch)
@@ -190,12 +195,14 @@ class ZOModule(LightningModule):
             self._step_lr_schedulers("step", self.trainer.global_step)
         return loss
 
-    def _backpropagate(self, optimizer: LightningOptimizer, batch: Any, complete: bool) -> Tensor:
+    def _backpropagate(self, optimizer: LightningOptimizer, batch: Any, batch_idx: int, complete: bool) -> Tensor:
         """A step by gradients; those of the batches that make one add up to their mean."""
+        first = batch_idx - batch_idx % self.accumulate_grad_batches
+        parts = min(self.accumulate_grad_batches, self.trainer.num_training_batches - first)  # fewer at an epoch's end
         with torch.enable_grad():
             losses = self.loss(batch)
             loss = losses.float().mean()
-            self.manual_backward(loss / self.accumulate_grad_batches)
+            self.manual_backward(loss / parts)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=losses.numel())
         if complete:
             optimizer.step()

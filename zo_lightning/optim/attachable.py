@@ -125,7 +125,7 @@ class AttachableOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"two parameters have the name {name!r}; directions are told apart by the names")
             taken.add(name)
             reason = geometry.accepts(self.directions, parameter.shape)
-            if reason is not None:
+            if reason is not None and self.update.oracle:
                 raise ValueError(f"geometry {geometry.name!r} of {name!r} with {self.directions.signature()}: {reason}")
         self.directions.prepare({name: parameter.shape for name, parameter in self.named_parameters().items()})
         if self._module is None:

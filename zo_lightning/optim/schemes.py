@@ -134,7 +134,8 @@ class BestOf(Scheme):
 class Conservative(Scheme):
     """The step, the step to the other side, or none: whichever has the lowest loss on the batch (ZO-SGD-Cons, ZO-Bench, 2024).
 
-    A step costs 5 forwards: at ``x ± τu``, at x, and at the two places where it may end. The loss of the batch never rises.
+    A step costs 5 forwards: at ``x ± τu``, at x, and at the two places where it may end. The loss of the batch never rises, but
+    for the rounding of half-precision weights.
     """
 
     name = "conservative"

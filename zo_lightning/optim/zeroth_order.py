@@ -236,11 +236,6 @@ class ZerothOrder(AttachableOptimizer):
         Raises:
             ValueError: If the scheme needs the whole batch at once.
         """
-        if self.scheme.whole:
-            raise ValueError(
-                f"scheme {self.scheme.name!r} probes where the losses before have told it to, so that the batch cannot come in "
-                "parts: use accumulate_grad_batches=1 and a larger batch"
-            )
         path, fresh = self._path, self._nothing_gathered()
         self.probing = False
         evaluator = self._begin(closure, stacked)
@@ -292,6 +287,12 @@ class ZerothOrder(AttachableOptimizer):
     def _take_in(self, evaluator: Evaluator, fresh: Gathered) -> Evaluations:
         """Probe on a batch or a part of it, and add its losses to what is gathered for the step, at first nothing."""
         gathered = self._gathered
+        if gathered is not None and self.scheme.whole:
+            self._gathered = None  # the next step starts with a batch of its own
+            raise ValueError(
+                f"scheme {self.scheme.name!r} probes where the losses before have told it to, so that the batch cannot come in "
+                "parts: use accumulate_grad_batches=1 and a larger batch"
+            )
         if gathered is None:
             gathered = fresh
             if self.step_rule is not None:
@@ -409,7 +410,11 @@ class ZerothOrder(AttachableOptimizer):
     def _probe(self, evaluator: Evaluator, want_curvature: bool) -> Evaluations:
         head = self.param_groups[0]
         if self.ranks.split and (self.scheme.whole or self.sampler is not None):
-            raise ValueError("processes with directions of their own cannot learn from one another's: use shared directions")
+            what = self.scheme.name if self.sampler is None else self.sampler.name
+            raise ValueError(
+                f"split_directions=True gives processes directions of their own, and {what!r} needs the same ones on all: use "
+                "shared directions (split_directions=False)"
+            )
         plan = Plan(
             smoothing=head["smoothing"],
             count=head["num_directions"],
@@ -462,7 +467,8 @@ class ZerothOrder(AttachableOptimizer):
             length *= math.sqrt(self.directions.density) if beta else 1.0
             # a probe of few entries may go farther for the same rise of the loss
             group["smoothing"] = self.step_rule.smoothing / math.sqrt(self.directions.densest)
-            step_size = self.update.rate(length, group["smoothing"], group["num_directions"])
+            count = group["num_directions"] * (self.ranks.size if self.ranks.split else 1)
+            step_size = self.update.rate(length, group["smoothing"], count)
             if group.get("initial_lr"):
                 multipliers.append(step_size / group["initial_lr"])
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.optim.methods.problem import landscape, mean, mixed, optimizer_of
 from zo_lightning.optim import Alone, DiagonalHessian, LearnedMean, LowRank, Muon, ParameterFree, ZerothOrder
@@ -96,9 +97,23 @@ def test_a_batch_in_parts_is_refused_where_the_losses_decide_on_the_probes(build
     module = mixed()
     optimizer = optimizer_of(build, module)
     name = optimizer.scheme.name
+    optimizer.accumulate(lambda: mean(module))  # one part is the whole batch, until there is another
     with pytest.raises(ValueError, match=rf"scheme '{name}' .*accumulate_grad_batches=1"):
-        optimizer.accumulate(lambda: mean(module))
+        optimizer.step(lambda: mean(module))
     optimizer.step(lambda: mean(module))
+
+
+@pytest.mark.parametrize("build", [LDSD, LDSDJaguar, ConservativeZO])
+def test_one_part_is_a_whole_batch(build):
+    """Which is how a module that is taken over hands its batches over."""
+    module, other = mixed(), mixed()
+    parts, whole = optimizer_of(build, module), optimizer_of(build, other)
+    for _ in range(3):
+        parts.accumulate(lambda: mean(module))
+        parts.step()
+        whole.step(lambda: mean(other))
+    for a, b in zip(module.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 class Split(Alone):
@@ -112,7 +127,7 @@ def test_processes_with_directions_of_their_own_are_refused(build):
     module = mixed()
     optimizer = optimizer_of(build, module)
     optimizer.ranks = Split()
-    with pytest.raises(ValueError, match=r"directions of their own .* use shared directions"):
+    with pytest.raises(ValueError, match=r"split_directions=True .*use shared directions"):
         optimizer.step(lambda: mean(module))
 
 

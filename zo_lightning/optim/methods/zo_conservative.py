@@ -14,7 +14,7 @@ __all__ = ["ConservativeZO"]
 class ConservativeZO(ZerothOrder):
     """The step of ZO-SGD, its opposite or none, whichever has the lowest loss on the batch (ZO-SGD-Cons, ZO-Bench, 2024).
 
-    Five forwards per step; the loss of the batch never rises.
+    Five forwards per step; the loss of the batch never rises, but for the rounding of half-precision weights.
 
     Args:
         params: See :class:`ZerothOrder`.
