@@ -21,5 +21,6 @@ METHODS = {
 def test_it_trains_with_the_method(name, tmp_path):
     module = seeded(Classifier, dropout=0.0)
     before = mean_loss(module)
-    make_trainer(tmp_path, max_steps=60, limit_val_batches=0, callbacks=[AdaNAGED(optimizer=METHODS[name])]).fit(module, loader(), loader())
+    callback = AdaNAGED(optimizer=METHODS[name])
+    make_trainer(tmp_path, max_steps=60, limit_val_batches=0, callbacks=[callback]).fit(module, loader(), loader())
     assert mean_loss(module) < before
