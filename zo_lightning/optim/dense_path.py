@@ -77,11 +77,13 @@ class DensePath(Path):
         return {
             p: self._stand_in(p, name, points)
             for p, (_, _, name, _) in self._places.items()
-            if any(self._moves(name, query) for query in queries)
+            if any(self.moves(name, query) for query in queries)
         }
 
-    def _moves(self, name: str, query: int) -> bool:
-        return self.setting.family(query).moves(self.setting.address(name, query))
+    def moves(self, name: str, query: int) -> bool:
+        """Whether the direction moves this parameter at all; asked for every parameter in every forward."""
+        family = self.setting.family(query)
+        return not family.sparse or family.moves(self.setting.address(name, query))
 
     def _stand_in(self, parameter: nn.Parameter, name: str, points: Sequence[Point]) -> Shown:
         unit = self._places[parameter][3]
@@ -127,10 +129,9 @@ class DensePath(Path):
         """The random direction, as what is learned of its distribution has it."""
         z, sampler = self._z(parameter, name, query), self.setting.shaper
         # a direction that leaves the parameter alone does so whatever its distribution
-        if sampler is None or query < 0 or not self.setting.directions.moves(self.setting.address(name, query)):
+        if sampler is None or query < 0 or not self.moves(name, query):
             return z
-        dense = z.dense().reshape(parameter.shape) if isinstance(z, Factors) else z
-        return sampler.shape(dense, parameter, self.setting.memory(parameter))
+        return sampler.shape(self._dense(parameter, z), parameter, self.setting.memory(parameter))
 
     @no_autocast()
     def pieces(self, parameter: nn.Parameter, query: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -171,12 +172,12 @@ class DensePath(Path):
 
     # ---- the update ----------------------------------------------------------------------------------------------------
     @no_autocast()
-    def apply(self, report: StepReport, rates: Sequence[float]) -> None:
+    def apply(self, report: StepReport) -> None:
         """See :meth:`Path.apply`; the weights are written here and nowhere else."""
         update, sampler = self.setting.update, self.setting.sampler
         weights = update.weights(report.slopes, self.setting.head["smoothing"])
         terms = list(zip(report.taken, weights, strict=True))
-        for group, lr in zip(self.setting.groups, rates, strict=True):
+        for group, lr in zip(self.setting.groups, report.rates, strict=True):
             geometry = geometry_of(group)
             simple = update.along and len(terms) == 1 and not group["momentum"]
             scale = None
@@ -218,7 +219,7 @@ class DensePath(Path):
         total = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         probed: Tensor | None = None
         for query, weight in terms:
-            if not self._moves(name, query):
+            if not self.moves(name, query):
                 continue
             u = self._u(parameter, query)
             total.add_(u, alpha=weight)
@@ -263,8 +264,7 @@ class _Draw:
         return self._path.drawn(self._parameter, query)
 
     def moves(self, query: int) -> bool:
-        setting = self._path.setting
-        return setting.directions.moves(setting.address(self._name, query))
+        return self._path.moves(self._name, query)
 
 
 class _Direction(Drawn):

@@ -9,7 +9,7 @@ just before it does, C Vᵀ is folded into W. In between, forwards, checkpoints 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -287,18 +287,18 @@ class LowRankPath(Path):
 
     # ---- the update ----------------------------------------------------------------------------------------------------
     @no_autocast()
-    def apply(self, report: StepReport, rates: Sequence[float]) -> None:
+    def apply(self, report: StepReport) -> None:
         """See :meth:`Path.apply`: into C; the weights are written at the end of an interval."""
         assert self._pending is not None
         update, sampler = self.setting.update, self.setting.sampler
         weights = update.weights(report.slopes, self.setting.head["smoothing"])
         terms = list(zip(report.taken, weights, strict=True))
         if sampler is not None:
-            for place in self._places:
-                sampler.before_update(_Draw(self, place), place.parameter, self.setting.state[place.parameter], report)
+            for place, draw in self._draws():
+                sampler.before_update(draw, place.parameter, self.setting.memory(place.parameter), report)
         average = self._average(terms)
         units = iter([] if average is None else self._units())
-        for index, (group, lr) in enumerate(zip(self.setting.groups, rates, strict=True)):
+        for index, (group, lr) in enumerate(zip(self.setting.groups, report.rates, strict=True)):
             span = self._spans[index]
             decay = 1 - lr * group["weight_decay"]
             if decay != 1:
@@ -311,8 +311,8 @@ class LowRankPath(Path):
             members = [(place, next(units)) for place in self._places if place.group == index]
             self._step_along(average, members, geometry_of(group), lr)
         if sampler is not None:
-            for place in self._places:
-                sampler.after_update(_Draw(self, place), place.parameter, self.setting.state[place.parameter], report)
+            for place, draw in self._draws():
+                sampler.after_update(draw, place.parameter, self.setting.memory(place.parameter), report)
         self.dirty = True
         self.version += 1
         self._applied += 1
@@ -320,10 +320,13 @@ class LowRankPath(Path):
         if (head["step"] + 1) % _interval(self.setting.directions) == 0 or not self._lazy:
             self.fold()
 
-    def drawn(self, place: Place, query: int) -> Tensor:
+    def _draws(self) -> Iterator[tuple[Place, _Draw]]:
+        for place, unit in zip(self._places, self._units(), strict=True):
+            yield place, _Draw(self, place, unit)
+
+    def drawn(self, place: Place, unit: float, query: int) -> Tensor:
         """The left factor of the random direction itself, transposed, in the parameter's unit."""
         self._direction(query)  # makes it
-        unit = self._units()[self._places.index(place)]
         left = place.left(self._drawn[query])
         return left / unit if unit != 1 else left.clone()
 
@@ -492,11 +495,11 @@ class LowRankPath(Path):
 class _Draw:
     """A :class:`~zo_lightning.optim.sampling.Draw` of one parameter's left factor."""
 
-    def __init__(self, path: LowRankPath, place: Place) -> None:
-        self._path, self._place = path, place
+    def __init__(self, path: LowRankPath, place: Place, unit: float) -> None:
+        self._path, self._place, self._unit = path, place, unit
 
     def __call__(self, query: int) -> Tensor:
-        return self._path.drawn(self._place, query)
+        return self._path.drawn(self._place, self._unit, query)
 
     def moves(self, query: int) -> bool:
         return True

@@ -122,12 +122,11 @@ class Path(ABC):
         """All forwards of a step are under way, and the host has nothing to do until their losses are there."""
 
     @abstractmethod
-    def apply(self, report: StepReport, rates: Sequence[float]) -> None:
+    def apply(self, report: StepReport) -> None:
         """Take the step.
 
         Args:
-            report: The directional derivatives, and the directions that they are of.
-            rates: Step size of each group.
+            report: The directional derivatives, the directions that they are of, and the step size of each group.
         """
 
     # ---- pending updates: a path that writes the weights at once has none ----------------------------------------------

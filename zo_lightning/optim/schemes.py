@@ -23,8 +23,7 @@ class Plan:
         count: Number of directions q.
         sides: 2 for central differences, 1 for one-sided ones.
         first: Number of the first direction.
-        base: Whether the loss at x is wanted.
-        curvature: Whether the second difference is.
+        curvature: Whether the second difference is wanted, and with it the loss at x.
         curve_smoothing: τ for measuring it along a direction of its own; None: along the first of the step.
         rates: Step size of each group.
     """
@@ -33,7 +32,6 @@ class Plan:
     count: int
     sides: int
     first: int = 0
-    base: bool = False
     curvature: bool = False
     curve_smoothing: float | None = None
     rates: tuple[float, ...] = ()
@@ -83,7 +81,7 @@ class Differences(Scheme):
     def probe(self, prober: Prober, plan: Plan, update: Update) -> Evaluations:
         """See :meth:`Scheme.probe`."""
         seen = Evaluations()
-        if plan.base or plan.curvature or plan.sides == 1:
+        if plan.curvature or plan.sides == 1:
             seen.base = prober.at([Point()])[0]
         own_curve = plan.curvature and plan.curve_smoothing is not None
         signs = (1, -1) if plan.sides == 2 else (1,)
@@ -112,7 +110,7 @@ class BestOf(Scheme):
     def probe(self, prober: Prober, plan: Plan, update: Update) -> Evaluations:
         """See :meth:`Scheme.probe`."""
         seen = Evaluations()
-        if plan.base or plan.curvature:
+        if plan.curvature:
             seen.base = prober.at([Point()])[0]
         seen.plus = prober.at([Point(query, plan.smoothing) for query in range(plan.count)])
         losses = prober.means(seen.plus)

@@ -153,7 +153,6 @@ class ZerothOrder(AttachableOptimizer):
             "unresolved": 0,
         }
         self.ranks: Ranks = Alone()
-        self._rates: tuple[float, ...] = ()
         self.probing = False
         self.geometry = GeometryMap(geometry, directions=self.directions)
         super().__init__(named_groups(params, self.geometry), defaults)
@@ -200,7 +199,7 @@ class ZerothOrder(AttachableOptimizer):
             gathered, self._gathered = self._gathered, None
             path.look_ahead()
             report = gathered.losses.report(self.step_index, head["smoothing"], head["sides"], self.ranks)
-            report.rates = [group["lr"] * by for group, by in zip(self.param_groups, gathered.multipliers, strict=True)]
+            report.rates = self._rates(gathered.multipliers)
             report.lr, report.smoothing = report.rates[0], head["smoothing"]
             report.began_written = not path.dirty  # now: it may have been written between two parts of the batch
             with deferred_interrupt():  # the step's index moves on with the weights
@@ -299,8 +298,7 @@ class ZerothOrder(AttachableOptimizer):
                 prober = Prober(self._path, evaluator, self.ranks)
                 gathered.want_curvature = self.step_rule.before_step(self.step_index, prober)
                 gathered.multipliers = self._assign_sizes()
-        self._rates = tuple(g["lr"] * by for g, by in zip(self.param_groups, gathered.multipliers, strict=True))
-        seen = self._probe(evaluator, gathered.want_curvature)
+        seen = self._probe(evaluator, gathered)
         gathered.add(seen)
         self._gathered = gathered
         for group in self.param_groups:
@@ -310,7 +308,7 @@ class ZerothOrder(AttachableOptimizer):
     def _move(self, report: StepReport) -> None:
         """Take the step; nothing of it if a loss was not finite."""
         if report.finite:
-            self._path.apply(report, report.rates)
+            self._path.apply(report)
             torch.clear_autocast_cache()
         for group in self.param_groups:
             group["step"] += 1
@@ -338,7 +336,7 @@ class ZerothOrder(AttachableOptimizer):
         try:
             for _ in range(2):
                 start = time.perf_counter()
-                self._probe(evaluator, False)
+                self._probe(evaluator, self._nothing_gathered())
                 for device in devices:
                     torch.cuda.synchronize(device)
                 seconds = time.perf_counter() - start
@@ -407,7 +405,11 @@ class ZerothOrder(AttachableOptimizer):
                     units = self.ranks.mean(torch.tensor(units, dtype=torch.float64, device=device), 1).tolist()
                 group["units"] = units
 
-    def _probe(self, evaluator: Evaluator, want_curvature: bool) -> Evaluations:
+    def _rates(self, multipliers: list[float]) -> list[float]:
+        """The step size of each group."""
+        return [group["lr"] * by for group, by in zip(self.param_groups, multipliers, strict=True)]
+
+    def _probe(self, evaluator: Evaluator, gathered: Gathered) -> Evaluations:
         head = self.param_groups[0]
         if self.ranks.split and (self.scheme.whole or self.sampler is not None):
             what = self.scheme.name if self.sampler is None else self.sampler.name
@@ -420,10 +422,9 @@ class ZerothOrder(AttachableOptimizer):
             count=head["num_directions"],
             sides=head["sides"],
             first=self.ranks.rank * head["num_directions"] if self.ranks.split else 0,
-            base=self.sampler is not None and self.sampler.wants_base,
-            curvature=want_curvature or (self.sampler is not None and self.sampler.wants_base),
+            curvature=gathered.want_curvature or (self.sampler is not None and self.sampler.wants_base),
             curve_smoothing=self._curve_smoothing(),
-            rates=self._rates or tuple(group["lr"] for group in self.param_groups),
+            rates=tuple(self._rates(gathered.multipliers)),
         )
         self.probing = True
         seen = self.scheme.probe(Prober(self._path, evaluator, self.ranks), plan, self.update)

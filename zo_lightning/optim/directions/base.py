@@ -108,7 +108,7 @@ class Directions(ABC):
         """Learn the names and shapes of the parameters, for a family that chooses among them or their entries."""
 
     def moves(self, address: Address) -> bool:
-        """Whether the direction moves this parameter at all."""
+        """Whether the direction moves this parameter at all; only a sparse family is asked."""
         return True
 
     @property

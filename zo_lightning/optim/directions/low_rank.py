@@ -15,6 +15,8 @@ __all__ = ["LowRank", "SubZeroDirections", "Subspace"]
 Held = dict[tuple[int, str, int, int], tuple[int, Tensor]]
 """By seed, name and shape: the interval, and the factor that is held in it."""
 
+_CPU = torch.device("cpu")
+
 
 class LowRank(Directions):
     """Products ``U Vᵀ`` for matrices, Gaussian for vectors (LOZO, Chen et al. 2024; SubZero, Yu et al. 2024).
@@ -36,10 +38,7 @@ class LowRank(Directions):
     low_rank = True
 
     def __init__(self, rank: int = 1, interval: int = 50, right: Literal["orthonormal", "gaussian"] = "orthonormal") -> None:
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
-        if interval < 1:
-            raise ValueError(f"interval must be at least 1 step, got {interval}")
+        _check(rank, interval)
         if right not in ("orthonormal", "gaussian"):
             raise ValueError(f"right must be 'orthonormal' or 'gaussian', got {right!r}")
         self.rank = rank
@@ -50,25 +49,16 @@ class LowRank(Directions):
 
     def draw(self, address: Address, shape: torch.Size, device: torch.device) -> Tensor | Factors:
         """See :meth:`Directions.draw`."""
-        cpu = torch.device("cpu")
         if len(shape) < 2:
-            return normal(shape, source_of(address, "vector", cpu), cpu).to(device)
+            return normal(shape, source_of(address, "vector", _CPU), _CPU).to(device)
         m, n = matrix_shape(shape)
         r = min(self.rank, m, n)
-        left = normal(torch.Size((m, r)), source_of(address, "left", cpu), cpu)
+        left = normal(torch.Size((m, r)), source_of(address, "left", _CPU), _CPU)
         return Factors(left.to(device), self.right(address, n, r).to(device))
 
     def right(self, address: Address, n: int, r: int) -> Tensor:
         """The held factor V of shape (n, r), on the CPU: it depends on the step only through ``step // interval``."""
-        window = address.step // self.interval
-        key = (address.seed, address.name, n, r)
-        cached = self._held.get(key)
-        if cached is None or cached[0] != window:
-            held = Address(address.seed, window, address.name)
-            cpu = torch.device("cpu")
-            gaussian = normal(torch.Size((n, r)), source_of(held, "right", cpu), cpu)
-            cached = self._held[key] = (window, gaussian if self.kind == "gaussian" else torch.linalg.qr(gaussian).Q)
-        return cached[1]
+        return _held_factor(self._held, address, "right", n, r, self.interval, orthonormal=self.kind == "orthonormal")
 
     def signature(self) -> str:
         """See :meth:`Directions.signature`."""
@@ -96,9 +86,9 @@ class SubZeroDirections(LowRank):
         if len(shape) < 2:
             return super().draw(address, shape, device)
         m, n = matrix_shape(shape)
-        r, cpu = min(self.rank, m, n), torch.device("cpu")
-        core = normal(torch.Size((r, r)), source_of(address, "core", cpu), cpu)
-        left = held_basis(self._lefts, address, "left", m, r, self.interval) @ core * (math.sqrt(m * n) / r)
+        r = min(self.rank, m, n)
+        core = normal(torch.Size((r, r)), source_of(address, "core", _CPU), _CPU)
+        left = _held_factor(self._lefts, address, "held left", m, r, self.interval) @ core * (math.sqrt(m * n) / r)
         return Factors(left.to(device), self.right(address, n, r).to(device))
 
 
@@ -120,20 +110,19 @@ class Subspace(Directions):
     factored = True
 
     def __init__(self, rank: int = 64, interval: int = 100) -> None:
-        LowRank(rank, interval)  # checks them
+        _check(rank, interval)
         self.rank = rank
         self.interval = interval
         self._held: Held = {}
 
     def draw(self, address: Address, shape: torch.Size, device: torch.device) -> Tensor | Factors:
         """See :meth:`Directions.draw`."""
-        cpu = torch.device("cpu")
         if len(shape) < 2:
-            return normal(shape, source_of(address, "vector", cpu), cpu).to(device)
+            return normal(shape, source_of(address, "vector", _CPU), _CPU).to(device)
         m, n = matrix_shape(shape)
         r = min(self.rank, m, n)
-        basis = held_basis(self._held, address, "left", m, r, self.interval)
-        fresh = normal(torch.Size((n, r)), source_of(address, "right", cpu), cpu)
+        basis = _held_factor(self._held, address, "held left", m, r, self.interval)
+        fresh = normal(torch.Size((n, r)), source_of(address, "right", _CPU), _CPU)
         return Factors(basis.to(device), fresh.to(device), "left")
 
     def signature(self) -> str:
@@ -141,12 +130,21 @@ class Subspace(Directions):
         return f"{self.name}(rank={self.rank}, interval={self.interval})"
 
 
-def held_basis(held: Held, address: Address, part: str, m: int, r: int, interval: int) -> Tensor:
-    """An orthonormal basis of shape (m, r) on the CPU, the same for all steps and queries of an interval."""
-    window, key = address.step // interval, (address.seed, address.name, m, r)
+def _held_factor(
+    held: Held, address: Address, part: str, rows: int, r: int, interval: int, *, orthonormal: bool = True
+) -> Tensor:
+    """A factor of shape (rows, r) on the CPU, the same for all steps and queries of an interval."""
+    window, key = address.step // interval, (address.seed, address.name, rows, r)
     cached = held.get(key)
     if cached is None or cached[0] != window:
-        source = source_of(Address(address.seed, window, address.name), f"held {part}", torch.device("cpu"))
-        gaussian = normal(torch.Size((m, r)), source, torch.device("cpu"))
-        cached = held[key] = (window, torch.linalg.qr(gaussian).Q)
+        source = source_of(Address(address.seed, window, address.name), part, _CPU)
+        gaussian = normal(torch.Size((rows, r)), source, _CPU)
+        cached = held[key] = (window, torch.linalg.qr(gaussian).Q if orthonormal else gaussian)
     return cached[1]
+
+
+def _check(rank: int, interval: int) -> None:
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if interval < 1:
+        raise ValueError(f"interval must be at least 1 step, got {interval}")
