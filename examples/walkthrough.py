@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zo_lightning import AdaNAGED, CausalLMClassificationModule, PromptClassificationDataModule
+from zo_lightning import AdaNAGED, CausalLMClassificationModule, PromptDataModule
 from zo_lightning.callbacks import Ledger, ResumeCheckpoint
 from zo_lightning.commands.export import export
 from zo_lightning.commands.replay import replay
@@ -24,7 +24,7 @@ folder = Path(mkdtemp())
 STEPS = 300
 
 
-def begin(name: str, *callbacks: Callback) -> tuple[Trainer, CausalLMClassificationModule, PromptClassificationDataModule]:
+def begin(name: str, *callbacks: Callback) -> tuple[Trainer, CausalLMClassificationModule, PromptDataModule]:
     """A Trainer, a module and its data, from the same seed each time."""
     seed_everything(0)
     trainer = Trainer(
@@ -38,7 +38,7 @@ def begin(name: str, *callbacks: Callback) -> tuple[Trainer, CausalLMClassificat
         enable_progress_bar=False,
         enable_checkpointing=False,
     )
-    return trainer, CausalLMClassificationModule("quickstart"), PromptClassificationDataModule("sst2", data_dir="quickstart")
+    return trainer, CausalLMClassificationModule("quickstart"), PromptDataModule("sst2", data_dir="quickstart")
 
 
 # %% [markdown]

@@ -29,7 +29,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from zo_lightning.callbacks import SpacedValidation
-from zo_lightning.data import PromptClassificationDataModule
+from zo_lightning.data import PromptDataModule
 from zo_lightning.modules import CausalLMClassificationModule, FineTunerTraining
 from zo_lightning.optim import NonFiniteLossError, ScaleNetworks
 from zo_lightning.optim.methods.zo_finetuner import ZOFineTuner
@@ -51,7 +51,7 @@ def learn(order: Row) -> Row:
     start = time.perf_counter()
     settings = {key: order[key] for key in ("lr_update", "lr_mlp", "lr_llm", "epochs_per_restart", "mlp_optimizer", "seed")}
     module = FineTunerTraining(order["model"], **settings)
-    data = PromptClassificationDataModule(order["task"], data_dir=order["data"], batch_size=8, num_dev=50)
+    data = PromptDataModule(order["task"], data_dir=order["data"], batch_size=8, num_dev=50)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator=order["accelerator"],
@@ -96,7 +96,7 @@ def use(order: Row) -> Row:
     networks = {"constant": 1.0, "random": None, "learned": order["networks"]}[order["arm"]]
     optimizer = partial(ZOFineTuner, lr=order["rate"], networks=networks, network_seed=order["seed"])
     module = CausalLMClassificationModule(order["model"], optimizer=optimizer)
-    data = PromptClassificationDataModule(order["task"], data_dir=order["data"])
+    data = PromptDataModule(order["task"], data_dir=order["data"])
     with tempfile.TemporaryDirectory() as folder:
         best = ModelCheckpoint(folder, monitor="val/loss", save_weights_only=True)
         trainer = Trainer(

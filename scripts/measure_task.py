@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from zo_lightning.callbacks import AdaNAGED, SpacedValidation
-from zo_lightning.data import PromptClassificationDataModule
+from zo_lightning.data import PromptDataModule
 from zo_lightning.modules import CausalLMClassificationModule
 from zo_lightning.optim import LMO, ZerothOrder
 from zo_lightning.optim.groups import parameter_kinds
@@ -136,7 +136,7 @@ def measure(variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
     released = {"mezo": ReleasedMeZO, "mezo_slow": SlowMeZO, "mezo_still": StillMeZO}.get(variant)
     module = CausalLMClassificationModule(args.model, optimizer=partial(released or ZerothOrder, **options))
     rule = [] if released is not None else [AdaNAGED(**adanaged)]
-    data = PromptClassificationDataModule(args.task, data_dir=args.data)
+    data = PromptDataModule(args.task, data_dir=args.data)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         best = ModelCheckpoint(folder, monitor="val/loss", mode="min", save_weights_only=True)

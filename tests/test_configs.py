@@ -11,7 +11,7 @@ import yaml
 from tests.tiny import save_tiny_model, tiny_config
 from zo_lightning.callbacks import AdaNAGED
 from zo_lightning.cli import cli, main
-from zo_lightning.data import ClassificationTask, PromptClassificationDataModule, get_task
+from zo_lightning.data import ClassificationTask, PromptDataModule, get_task
 from zo_lightning.modules import CausalLMClassificationModule
 from zo_lightning.optim.methods import METHODS as METHOD_CLASSES
 
@@ -38,7 +38,7 @@ def test_what_is_shipped():
 def test_instantiates(path, tmp_path):
     made = cli(["--config", str(path), "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)], run=False)
     assert isinstance(made.model, CausalLMClassificationModule)
-    assert isinstance(made.datamodule, PromptClassificationDataModule)
+    assert isinstance(made.datamodule, PromptDataModule)
     assert sum(isinstance(callback, AdaNAGED) for callback in made.trainer.callbacks) == 1
     task, _, kind = path.stem.partition("_")
     if path.parent.name in ("opt-1.3b", "opt-6.7b"):

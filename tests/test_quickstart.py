@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch import Trainer, seed_everything
 
 from zo_lightning.callbacks import AdaNAGED
-from zo_lightning.data import PromptClassificationDataModule
+from zo_lightning.data import PromptDataModule
 from zo_lightning.modules import CausalLMClassificationModule
 from zo_lightning.optim import LMO, ZerothOrder
 
@@ -47,7 +47,7 @@ def run(folder, steps: int, update: str | LMO = "lmo", factor: float = 1.0) -> t
     seed_everything(0, verbose=False)
     module = Scaled("quickstart", optimizer=partial(ZerothOrder, update=update))
     module.factor = factor
-    data = PromptClassificationDataModule(**{**CONFIG["data"]["init_args"], "data_dir": "quickstart"})
+    data = PromptDataModule(**{**CONFIG["data"]["init_args"], "data_dir": "quickstart"})
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,

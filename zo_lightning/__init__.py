@@ -15,7 +15,7 @@ _HOMES = {
     "AdaNAGED": "zo_lightning.callbacks",
     "CausalLMClassificationModule": "zo_lightning.modules",
     "ParameterFree": "zo_lightning.optim",
-    "PromptClassificationDataModule": "zo_lightning.data",
+    "PromptDataModule": "zo_lightning.data",
     "ZOModule": "zo_lightning.modules",
     "ZerothOrder": "zo_lightning.optim",
 }

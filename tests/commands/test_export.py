@@ -145,7 +145,7 @@ def test_a_checkpoint_of_the_command_line(tiny_opt, tmp_path):
         (tmp_path / f"{split}.jsonl").write_text(row * 40)
     options = ["--model", "CausalLMClassificationModule", "--model.model_name_or_path", str(tiny_opt)]
     options += ["--model.optimizer", "ZerothOrder", "--model.optimizer.momentum", "0.5"]
-    options += ["--model.peft", json.dumps(LORA), "--data", "PromptClassificationDataModule", "--data.task", "sst2"]
+    options += ["--model.peft", json.dumps(LORA), "--data", "PromptDataModule", "--data.task", "sst2"]
     options += ["--data.data_dir", str(tmp_path), "--data.num_train", "20", "--data.num_dev", "12", "--data.batch_size", "4"]
     options += ["--trainer.max_steps", "3", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
     options += ["--trainer.callbacks+=AdaNAGED", "--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1"]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 from tests.tiny import film_folder, save_tiny_model, tiny_config
 from zo_lightning.callbacks import AdaNAGED, Ledger
 from zo_lightning.cli import main
-from zo_lightning.data import PromptClassificationDataModule
+from zo_lightning.data import PromptDataModule
 from zo_lightning.ledger import Record, read, write
 from zo_lightning.ledger.file import pack
 from zo_lightning.modules import CausalLMClassificationModule
@@ -40,7 +40,7 @@ def fit(folder, model, steps, precision="32-true", callbacks=()):
     data = folder / "data"
     data.mkdir(parents=True)
     module = CausalLMClassificationModule(str(model))
-    films = PromptClassificationDataModule(task="sst2", data_dir=str(film_folder(data)), batch_size=4)
+    films = PromptDataModule(task="sst2", data_dir=str(film_folder(data)), batch_size=4)
     trainer = Trainer(
         max_steps=steps,
         callbacks=[AdaNAGED(), Ledger(str(folder / "ledger.safetensors")), *callbacks],

@@ -11,7 +11,9 @@ VOCABULARY = 40
 
 
 def example(prompt, candidates, label=0, index=0) -> Example:
-    return Example(prompt="", candidates=[], prompt_ids=prompt, candidate_ids=candidates, label=label, index=index)
+    return Example(
+        prompt="", candidates=[], prompt_ids=prompt, candidate_ids=candidates, label=label, gold=[label], index=index
+    )
 
 
 def toy_logits(ids: list[int]) -> torch.Tensor:

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.data.conftest import film_rows, word_tokenizer, write_jsonl
-from zo_lightning.data import ClassificationTask, DataError, PromptClassificationDataModule, num_candidates
+from zo_lightning.data import ClassificationTask, DataError, PromptDataModule, num_candidates
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
@@ -17,7 +17,7 @@ pytestmark = [
 
 def make(folder, words, **kwargs):
     options = {"task": "sst2", "data_dir": str(folder), "tokenizer": words, "batch_size": 4, "pin_memory": False}
-    return PromptClassificationDataModule(**{**options, **kwargs})
+    return PromptDataModule(**{**options, **kwargs})
 
 
 def test_parts(film_dir, words):
@@ -124,7 +124,7 @@ def test_workers_give_the_same_batches(film_dir, words):
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        PromptClassificationDataModule(**arguments)
+        PromptDataModule(**arguments)
 
 
 def test_tokenizers(film_dir, words, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.data.conftest import SHARED
-from zo_lightning.data import PromptClassificationDataModule, list_tasks
+from zo_lightning.data import PromptDataModule, list_tasks
 
 MODEL = SHARED / "models" / "opt-mini"
 
@@ -24,7 +24,7 @@ def test_task(task):
     folder = SHARED / "data" / task
     if not folder.is_dir() or not MODEL.is_dir():
         pytest.skip(f"no real rows in {folder}, or no tokenizer in {MODEL}")
-    data = PromptClassificationDataModule(task, str(folder), str(MODEL), pin_memory=False)
+    data = PromptDataModule(task, str(folder), str(MODEL), pin_memory=False)
     data.setup()
     parts = [data.dataset(part) for part in ("train", "dev", "eval")]
     assert tuple(len(part) for part in parts) == SIZES[task]

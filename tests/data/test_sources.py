@@ -104,7 +104,7 @@ def test_missing_columns(film_dir):
     assert "there are ['sentence', 'label', 'idx']" in message
     message = fails(ClassificationTask("{sentence}", ["a", "b"], label_column="stars"), film_dir)
     assert "lacks the columns ['stars']" in message
-    assert "the label is in 'stars'" in message
+    assert "the answer is in ['stars']" in message
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])

@@ -161,7 +161,7 @@ def test_unknown_labels(verbalizers, label, message):
         ({"template": "{text}", "verbalizers": {1: "a", "1": "b"}}, "are the same once written as text"),
         ({"template": "{text}", "verbalizers": ["a", "b"], "class_names": ["x"]}, "1 class_names for 2 verbalizers"),
         ({"template": "{text}", "verbalizer": ["a", "b"]}, "unknown key 'verbalizer', did you mean 'verbalizers'"),
-        ({"template": "{text}"}, "the key 'verbalizers' is missing"),
+        ({"template": "{text}"}, "give a `template` and one of `verbalizers` (classification), `choices`"),
         ({"class_path": "nowhere.Task"}, "'nowhere.Task' is no importable subclass"),
     ],
 )
@@ -193,7 +193,7 @@ def parse(*arguments):
         warnings.simplefilter("ignore", DeprecationWarning)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["test"])
-            arguments = ["--data", "zo_lightning.data.PromptClassificationDataModule", *arguments]
+            arguments = ["--data", "zo_lightning.data.PromptDataModule", *arguments]
             cli = LightningCLI(BoringModel, LightningDataModule, args=arguments, **options)
             written = yaml.safe_load(cli.parser.dump(cli.config))
             return LightningCLI(BoringModel, LightningDataModule, args=written, **options).datamodule

@@ -15,7 +15,7 @@ from tests.modules.test_classification import loader, trainer
 from tests.optim.reference import bits, same_bits
 from tests.tiny import CANDIDATES, PROMPTS, plan, save_tiny_model, tiny_config
 from zo_lightning.cli import main
-from zo_lightning.data import DataError, MultiTaskDataModule, PromptClassificationDataModule
+from zo_lightning.data import DataError, MultiTaskDataModule, PromptDataModule
 from zo_lightning.modules import FineTunerTraining
 from zo_lightning.optim import LearnedScales, NonFiniteLossError, ScaleLearner, ScaleNetworks
 
@@ -141,10 +141,10 @@ def test_arguments(arguments):
 
 def test_tasks_need_names_of_their_own():
     with pytest.raises(DataError, match="two have the name 'sst2'"):
-        MultiTaskDataModule([PromptClassificationDataModule(), PromptClassificationDataModule()])
+        MultiTaskDataModule([PromptDataModule(), PromptDataModule()])
     with pytest.raises(DataError, match="at least one"):
         MultiTaskDataModule([])
-    assert MultiTaskDataModule([PromptClassificationDataModule("sst2"), PromptClassificationDataModule("cb")]).num_classes == 3
+    assert MultiTaskDataModule([PromptDataModule("sst2"), PromptDataModule("cb")]).num_classes == 3
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def options(config, folder, films, out) -> list[str]:
         members = [{"task": "sst2", **rows}, {"task": other, **rows, "num_train": 12}]
         data = [
             "--data.tasks",
-            json.dumps([{"class_path": "PromptClassificationDataModule", "init_args": member} for member in members]),
+            json.dumps([{"class_path": "PromptDataModule", "init_args": member} for member in members]),
         ]
     return [
         *("--config", str(CONFIGS / "finetuner" / f"{config}.yaml"), "--model.model_name_or_path", str(folder), *data),

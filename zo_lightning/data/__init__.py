@@ -2,7 +2,7 @@
 
 from zo_lightning.data.batching import LengthBatchSampler, ShuffleSampler
 from zo_lightning.data.collate import ScoringBatch, ScoringCollator, num_candidates
-from zo_lightning.data.datamodule import PromptClassificationDataModule
+from zo_lightning.data.datamodule import PromptDataModule
 from zo_lightning.data.dataset import Example, PromptDataset
 from zo_lightning.data.errors import DataError
 from zo_lightning.data.loader import ResumableDataLoader
@@ -16,8 +16,12 @@ from zo_lightning.data.tasks import (
     SST2,
     WSC,
     BoolQ,
+    CandidateTask,
     ClassificationTask,
+    GenerationTask,
+    MultipleChoiceTask,
     MultiRC,
+    Task,
     WiC,
     get_task,
     list_tasks,
@@ -31,20 +35,24 @@ __all__ = [
     "SST2",
     "WSC",
     "BoolQ",
+    "CandidateTask",
     "ClassificationTask",
     "DataError",
     "EncodedPrompt",
     "Example",
+    "GenerationTask",
     "LengthBatchSampler",
     "MultiRC",
     "MultiTaskDataModule",
-    "PromptClassificationDataModule",
+    "MultipleChoiceTask",
+    "PromptDataModule",
     "PromptDataset",
     "ResumableDataLoader",
     "ScoringBatch",
     "ScoringCollator",
     "ShuffleSampler",
     "SourceSplit",
+    "Task",
     "WiC",
     "encode_prompts",
     "get_task",

@@ -40,8 +40,10 @@ class ScoringBatch(TypedDict):
     """(C,) the example, 0 to B - 1, that a candidate belongs to, in ascending order."""
     candidate_index: Tensor
     """(C,) the number k of a candidate among those of its example."""
+    candidate_gold: Tensor
+    """(C,) 1 for the right candidates of an example, 0 for the others."""
     label: Tensor
-    """(B,) the k of the right candidate."""
+    """(B,) the k of the right candidate, of the first where several are right."""
     index: Tensor
     """(B,) the row number in the source split."""
 
@@ -99,6 +101,7 @@ class ScoringCollator:
                 token_id += ids
                 lengths.append(len(ids))
         counts = [len(example["candidate_ids"]) for example in examples]
+        golds = [example["gold"] for example in examples]
         input_ids, attention_mask = self._pad(rows, width)
         candidate_length = torch.tensor(lengths)
         return ScoringBatch(
@@ -113,6 +116,9 @@ class ScoringCollator:
             candidate_length=candidate_length,
             candidate_example=torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
             candidate_index=torch.tensor([k for count in counts for k in range(count)]),
+            candidate_gold=torch.tensor(
+                [int(k in gold) for gold, count in zip(golds, counts, strict=True) for k in range(count)]
+            ),
             label=torch.tensor([example["label"] for example in examples]),
             index=torch.tensor([example["index"] for example in examples]),
         )

@@ -1,4 +1,4 @@
-"""The DataModule for classification by prompting."""
+"""The DataModule of all tasks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from zo_lightning.data.errors import DataError
 from zo_lightning.data.loader import ResumableDataLoader
 from zo_lightning.data.sources import SourceSplit, load_split
 from zo_lightning.data.splits import Rows, sample_eval, split_train_dev
-from zo_lightning.data.tasks import ClassificationTask, get_task
+from zo_lightning.data.tasks import Task, get_task
 
 Part = Literal["train", "dev", "eval"]
 
 
-class PromptClassificationDataModule(LightningDataModule):
-    """Prompts and their candidates for one classification task, in the splits of the zeroth-order literature.
+class PromptDataModule(LightningDataModule):
+    """Prompts and what may follow them for one task, in the splits of the zeroth-order literature.
 
     ``fit`` trains on ``num_train`` rows of the training split and validates on ``num_dev`` others of the same split;
     ``validate`` uses those too. ``test`` and ``predict`` use ``num_eval`` rows of the evaluation split, which are never
@@ -33,8 +33,9 @@ class PromptClassificationDataModule(LightningDataModule):
     the counts are logged. The batches are :class:`~zo_lightning.data.ScoringBatch`.
 
     Args:
-        task: The name of a task (``sst2``, ``rte``, ``cb``, ``boolq``, ``wic``, ``wsc``, ``multirc``), a
-            :class:`~zo_lightning.data.ClassificationTask`, or its arguments: ``{template: ..., verbalizers: ...}``.
+        task: The name of a task (``sst2``, ``rte``, ``cb``, ``boolq``, ``wic``, ``wsc``, ``multirc``, ``copa``, ``record``,
+            ``winogrande``, ``squad``, ``drop``), a :class:`~zo_lightning.data.Task`, or its arguments: ``{template: ...}`` with
+            ``verbalizers``, ``choices`` or ``answer_column``.
         data_dir: A folder with ``train`` and ``validation`` files (.jsonl, .json, .parquet, .csv or .tsv) with the
             column names of the hub dataset, which is downloaded otherwise; ``quickstart`` is the task of this package.
         tokenizer: A tokenizer, or its name or folder; by default that of the module's ``model_name_or_path``.
@@ -57,7 +58,7 @@ class PromptClassificationDataModule(LightningDataModule):
 
     def __init__(
         self,
-        task: ClassificationTask | str | dict[str, Any] = "sst2",
+        task: Task | str | dict[str, Any] = "sst2",
         data_dir: str | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         batch_size: int = 16,
@@ -106,14 +107,14 @@ class PromptClassificationDataModule(LightningDataModule):
         self._datasets: dict[Part, PromptDataset] = {}
 
     @property
-    def num_classes(self) -> int:
-        """The number of classes of the task."""
-        return self.task.num_classes
+    def num_classes(self) -> int | None:
+        """The number of classes of the task; None if it has none."""
+        return getattr(self.task, "num_classes", None)
 
     @property
-    def class_names(self) -> list[str]:
-        """The names of the classes, in the order of the labels."""
-        return self.task.class_names
+    def class_names(self) -> list[str] | None:
+        """The names of the classes, in the order of the labels; None if the task has none."""
+        return getattr(self.task, "class_names", None)
 
     def dataset(self, part: Part) -> PromptDataset:
         """The examples of one part, with their texts.

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from zo_lightning.data.errors import DataError
 from zo_lightning.data.sources import SourceSplit
 from zo_lightning.data.splits import Rows
-from zo_lightning.data.tasks import ClassificationTask
+from zo_lightning.data.tasks import GenerationTask, Task
 from zo_lightning.data.tokenization import encode_prompts, length_limit
 
 
-class Example(TypedDict):
-    """One example, as text and as token ids."""
+class _Scored(TypedDict):
+    """What every example has."""
 
     prompt: str
     """The whole prompt, before truncation."""
@@ -28,9 +28,24 @@ class Example(TypedDict):
     candidate_ids: list[list[int]]
     """The tokens of each candidate."""
     label: int
-    """The index of the right candidate."""
+    """The index of the right candidate, the one to train on."""
+    gold: list[int]
+    """The indices of all right candidates."""
     index: int
     """The row number in the source split."""
+
+
+class Example(_Scored, total=False):
+    """One example, as text and as token ids."""
+
+    neutral_ids: list[int]
+    """For calibrated scores: the tokens of the neutral prompt."""
+    neutral_candidate_ids: list[list[int]]
+    """For calibrated scores: the tokens of each candidate after the neutral prompt."""
+    generation_ids: list[int]
+    """For generation: the tokens of the prompt alone, short enough for what is to be generated."""
+    answers: list[str]
+    """For generation: all right answers."""
 
 
 def fed_length(example: Example) -> int:
@@ -53,11 +68,12 @@ class PromptDataset(Dataset[Example]):
     @classmethod
     def from_rows(
         cls,
-        task: ClassificationTask,
+        task: Task,
         source: SourceSplit,
         rows: Rows,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
+        calibrated: bool = False,
     ) -> PromptDataset:
         """Fill the task's template with rows of a source, and tokenise.
 
@@ -67,6 +83,7 @@ class PromptDataset(Dataset[Example]):
             rows: The row numbers to take, shape (n,).
             tokenizer: The model's tokenizer.
             max_length: The number of tokens that a prompt and its longest candidate may have.
+            calibrated: Whether neutral prompts are needed too.
 
         Returns:
             The dataset of n examples.
@@ -78,32 +95,45 @@ class PromptDataset(Dataset[Example]):
         def describe(position: int) -> str:
             return f"row {rows[position]} (from 0) of {source.origin}"
 
-        prompts: list[str] = []
-        candidates: list[list[str]] = []
+        examples: list[Example] = []
+        neutral: list[str] = []
         for position, row in enumerate(source.rows.select(rows)):
             empty = [column for column in task.columns if row[column] is None]
             if empty:
                 raise DataError(f"{describe(position)}: no value in {empty}, fill it or remove the row")
-            prompts.append(task.prompt(row))
-            candidates.append(list(task.candidates(row)))
+            try:
+                gold = task.gold(row)
+                example = Example(
+                    prompt=task.prompt(row),
+                    candidates=list(task.candidates(row)),
+                    prompt_ids=[],
+                    candidate_ids=[],
+                    label=gold[0],
+                    gold=gold,
+                    index=int(rows[position]),
+                )
+                if isinstance(task, GenerationTask):
+                    example["answers"] = task.answers(row)
+                if calibrated:
+                    neutral.append(task.neutral_prompt(row))
+            except DataError as error:
+                raise DataError(f"{describe(position)}: {error}") from None
+            examples.append(example)
+        prompts = [example["prompt"] for example in examples]
+        candidates = [example["candidates"] for example in examples]
+        limit = length_limit(tokenizer, max_length)
         encoded = encode_prompts(tokenizer, prompts, candidates, max_length, describe)
+        for example, item in zip(examples, encoded, strict=True):
+            example["prompt_ids"], example["candidate_ids"] = item.prompt_ids, item.candidate_ids
         cut = sum(item.dropped > 0 for item in encoded)
         if cut:
-            limit = length_limit(tokenizer, max_length)
             rank_zero_info(f"{source.origin}: {cut} of {len(rows)} prompts lost their beginning to fit into {limit} tokens")
-        return cls(
-            [
-                Example(
-                    prompt=prompt,
-                    candidates=endings,
-                    prompt_ids=item.prompt_ids,
-                    candidate_ids=item.candidate_ids,
-                    label=int(source.labels[row]),
-                    index=int(row),
-                )
-                for prompt, endings, item, row in zip(prompts, candidates, encoded, rows, strict=True)
-            ]
-        )
+        if calibrated:
+            for example, item in zip(
+                examples, encode_prompts(tokenizer, neutral, candidates, max_length, describe), strict=True
+            ):
+                example["neutral_ids"], example["neutral_candidate_ids"] = item.prompt_ids, item.candidate_ids
+        return cls(examples)
 
     def __len__(self) -> int:
         return len(self.examples)

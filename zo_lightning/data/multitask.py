@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
-from zo_lightning.data.datamodule import PromptClassificationDataModule
+from zo_lightning.data.datamodule import PromptDataModule
 from zo_lightning.data.errors import DataError
 
 __all__ = ["MultiTaskDataModule"]
@@ -27,7 +27,7 @@ class MultiTaskDataModule(LightningDataModule):
         DataError: If there is none, or two tasks have one name.
     """
 
-    def __init__(self, tasks: list[PromptClassificationDataModule]) -> None:
+    def __init__(self, tasks: list[PromptDataModule]) -> None:
         super().__init__()
         if not tasks:
             raise DataError("tasks: give at least one datamodule")
@@ -40,7 +40,7 @@ class MultiTaskDataModule(LightningDataModule):
     @property
     def num_classes(self) -> int:
         """The largest number of classes."""
-        return max(member.num_classes for member in self.members.values())
+        return max(member.num_classes or 0 for member in self.members.values())
 
     def prepare_data(self) -> None:
         """Download what is needed."""

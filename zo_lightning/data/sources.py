@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_lightning.data.errors import DataError
-from zo_lightning.data.tasks import ClassificationTask
+from zo_lightning.data.tasks import ClassificationTask, Task
 
 # Extension -> the builder of `datasets` that reads it, and the builder's options.
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,17 +28,17 @@ class SourceSplit(NamedTuple):
     """The rows of one split, and where they come from.
 
     Attributes:
-        rows: The rows, with at least the task's columns and its label column.
-        labels: The class of every row, int64 of shape (n,).
+        rows: The rows, with at least the columns of the task's prompt and target.
+        labels: The class of every row, int64 of shape (n,); None for a task without classes.
         origin: What messages call the source: the file, or the dataset with its split.
     """
 
     rows: datasets.Dataset
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64] | None
     origin: str
 
 
-def load_split(task: ClassificationTask, split: str, data_dir: str | Path | None = None) -> SourceSplit:
+def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> SourceSplit:
     """Read one split of a task and check its columns and labels.
 
     Args:
@@ -56,10 +56,11 @@ def load_split(task: ClassificationTask, split: str, data_dir: str | Path | None
     """
     rows, origin = _load_folder(task, split, Path(data_dir)) if data_dir is not None else _load_hub(task, split)
     _check_columns(task, rows, origin)
-    return SourceSplit(rows, _read_labels(task, rows, origin), origin)
+    labels = _read_labels(task, rows, origin) if isinstance(task, ClassificationTask) else None
+    return SourceSplit(rows, labels, origin)
 
 
-def _load_hub(task: ClassificationTask, split: str) -> tuple[datasets.Dataset, str]:
+def _load_hub(task: Task, split: str) -> tuple[datasets.Dataset, str]:
     if task.hub is None:
         raise DataError(f"task {task.name!r} has no dataset on the hub, give a folder with --data.data_dir")
     dataset = f"{task.hub} ({task.hub_config})" if task.hub_config else task.hub
@@ -73,7 +74,7 @@ def _load_hub(task: ClassificationTask, split: str) -> tuple[datasets.Dataset, s
     return rows, f"the split {split!r} of {dataset}"
 
 
-def _load_folder(task: ClassificationTask, split: str, folder: Path) -> tuple[datasets.Dataset, str]:
+def _load_folder(task: Task, split: str, folder: Path) -> tuple[datasets.Dataset, str]:
     if not folder.is_dir():
         raise DataError(f"the folder {folder} does not exist, check --data.data_dir")
     files = sorted(path for path in folder.glob(f"{split}.*") if path.suffix in _READERS)
@@ -92,7 +93,7 @@ def _load_folder(task: ClassificationTask, split: str, folder: Path) -> tuple[da
     return rows, str(files[0])
 
 
-def _load_hub_copy(task: ClassificationTask, split: str, folder: Path) -> tuple[datasets.Dataset, str]:
+def _load_hub_copy(task: Task, split: str, folder: Path) -> tuple[datasets.Dataset, str]:
     """Read a folder laid out as on the hub: a README.md, or ``train-00000-of-00001.parquet`` there or in ``data``."""
     if not any([*folder.glob("README.md"), *folder.glob(f"{split}-*"), *folder.glob(f"data/{split}*")]):
         hint = f", but {folder / task.name} exists: give that" if (folder / task.name).is_dir() else ""
@@ -107,12 +108,12 @@ def _load_hub_copy(task: ClassificationTask, split: str, folder: Path) -> tuple[
     return rows, f"the split {split!r} of {folder}"
 
 
-def _check_columns(task: ClassificationTask, rows: datasets.Dataset, origin: str) -> None:
-    missing = [column for column in [*task.columns, task.label_column] if column not in rows.column_names]
+def _check_columns(task: Task, rows: datasets.Dataset, origin: str) -> None:
+    missing = [column for column in dict.fromkeys([*task.columns, *task.target_columns]) if column not in rows.column_names]
     if missing:
         raise DataError(
             f"{origin} lacks the columns {missing} that task {task.name!r} needs: the template uses {task.columns}, "
-            f"the label is in {task.label_column!r}; there are {rows.column_names}"
+            f"the answer is in {task.target_columns}; there are {rows.column_names}"
         )
     if len(rows) == 0:
         raise DataError(f"{origin} has no rows, it needs at least one")

@@ -6,6 +6,7 @@ from zo_lightning.modules.errors import ModelError
 from zo_lightning.modules.language_model import LanguageModelModule
 from zo_lightning.modules.learning_to_learn import FineTunerTraining
 from zo_lightning.modules.pretrained import load_causal_lm, weights_dtype
+from zo_lightning.modules.prompted import PromptedModule
 from zo_lightning.modules.scoring import candidate_log_likelihoods, candidate_scores, classification_losses
 from zo_lightning.modules.steps import batches_per_step, planned_steps
 
@@ -14,6 +15,7 @@ __all__ = [
     "FineTunerTraining",
     "LanguageModelModule",
     "ModelError",
+    "PromptedModule",
     "ZOModule",
     "batches_per_step",
     "candidate_log_likelihoods",

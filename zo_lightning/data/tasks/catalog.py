@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zo_lightning.data.tasks.base import ClassificationTask
+from zo_lightning.data.tasks.classification import ClassificationTask
 from zo_lightning.data.tasks.registry import register_task
 
 

@@ -8,11 +8,20 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from zo_lightning.data.errors import DataError
-from zo_lightning.data.tasks.base import ClassificationTask
+from zo_lightning.data.tasks.classification import ClassificationTask
+from zo_lightning.data.tasks.generation import GenerationTask
+from zo_lightning.data.tasks.multiple_choice import MultipleChoiceTask
+from zo_lightning.data.tasks.task import Task
 
-_TASKS: dict[str, Callable[[], ClassificationTask]] = {}
+# The key that tells what kind of task a dictionary describes.
+_KINDS: dict[str, type[ClassificationTask | MultipleChoiceTask | GenerationTask]] = {
+    "verbalizers": ClassificationTask,
+    "choices": MultipleChoiceTask,
+    "answer_column": GenerationTask,
+}
+_TASKS: dict[str, Callable[[], Task]] = {}
 
-_Factory = TypeVar("_Factory", bound=Callable[[], ClassificationTask])
+_Factory = TypeVar("_Factory", bound=Callable[[], Task])
 
 
 def register_task(name: str) -> Callable[[_Factory], _Factory]:
@@ -22,7 +31,7 @@ def register_task(name: str) -> Callable[[_Factory], _Factory]:
         name: The name; upper and lower case are not told apart.
 
     Returns:
-        A decorator for a subclass of :class:`ClassificationTask` (or any function) that takes no arguments.
+        A decorator for a subclass of :class:`Task` (or any function) that takes no arguments.
 
     Raises:
         ValueError: If the name is taken.
@@ -43,11 +52,13 @@ def list_tasks() -> list[str]:
     return sorted(_TASKS)
 
 
-def get_task(task: ClassificationTask | str | dict[str, Any]) -> ClassificationTask:
+def get_task(task: Task | str | dict[str, Any]) -> Task:
     """Turn what a user wrote for ``task`` into a task.
 
     Args:
-        task: A task; the name of a registered one; or the arguments of :class:`ClassificationTask` as a dictionary.
+        task: A task; the name of a registered one; or the arguments of one as a dictionary: with
+            ``verbalizers`` of a :class:`ClassificationTask`, with ``choices`` of a :class:`MultipleChoiceTask`, with
+            ``answer_column`` of a :class:`GenerationTask`.
 
     Returns:
         The task.
@@ -55,7 +66,7 @@ def get_task(task: ClassificationTask | str | dict[str, Any]) -> ClassificationT
     Raises:
         DataError: If no task has this name (the message lists all), or the dictionary does not describe one.
     """
-    if isinstance(task, ClassificationTask):
+    if isinstance(task, Task):
         return task
     if isinstance(task, dict):
         return _task_from_dict(task)
@@ -65,17 +76,26 @@ def get_task(task: ClassificationTask | str | dict[str, Any]) -> ClassificationT
     return factory()
 
 
-def _task_from_dict(arguments: dict[str, Any]) -> ClassificationTask:
-    parameters = inspect.signature(ClassificationTask).parameters
+def _task_from_dict(arguments: dict[str, Any]) -> Task:
+    if "class_path" in arguments:
+        raise DataError(f"task: {arguments['class_path']!r} is no importable subclass of Task, or its init_args fail")
+    kinds = [kind for key, kind in _KINDS.items() if key in arguments]
+    if not kinds:
+        # nearest to what was meant, where a key is misspelt
+        kinds = [kind for key, kind in _KINDS.items() if get_close_matches(key, list(arguments), n=1)]
+    if len(kinds) != 1:
+        raise DataError(
+            "task: give a `template` and one of `verbalizers` (classification), `choices` (multiple choice) and "
+            f"`answer_column` (generation), got {list(arguments)}"
+        )
+    parameters = inspect.signature(kinds[0]).parameters
     for key in arguments:
-        if key == "class_path":
-            raise DataError(f"task: {arguments[key]!r} is no importable subclass of ClassificationTask, or its init_args fail")
         if key not in parameters:
             raise DataError(f"task: unknown key {key!r}{_suggestion(key, parameters)}; the keys are {list(parameters)}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
             raise DataError(f"task: the key {key!r} is missing, got {list(arguments)}")
-    return ClassificationTask(**arguments)
+    return kinds[0](**arguments)
 
 
 def _suggestion(word: str, known: Any) -> str:
