@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zo_lightning.optim import kernels
@@ -150,6 +151,15 @@ class DensePath(Path):
             z = directions.rows(self.setting.address(name, query), shape, first, last, device)
             yield first, last, self.setting.update.probe_(z, geometry, scale)
 
+    def looked_up(self, parameter: nn.Parameter, query: int, ids: Tensor) -> Tensor | None:
+        """These rows of the direction u of a matrix, where it is a product; None if all of them are as easily formed."""
+        setting = self.setting
+        factored = isinstance(setting.directions, LowRank) or setting.directions.factored
+        if not factored or setting.shaper is not None or ids.numel() >= len(parameter):
+            return None
+        u = self._probed(parameter, query)
+        return F.embedding(ids, u.left) @ u.right.T if isinstance(u, Factors) else None
+
     def _z(self, parameter: nn.Parameter, name: str, query: int) -> Tensor | Factors:
         return self.setting.family(query).draw(self.setting.address(name, query), parameter.shape, parameter.device)
 
@@ -216,15 +226,17 @@ class DensePath(Path):
         factored = directions.factored and parameter.dim() > 1 and self.setting.sampler is None
         if not beta and factored and self._keeps_factors(geometry):
             return self._factors(parameter, terms)
-        total = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        total: Tensor | None = None
         probed: Tensor | None = None
         for query, weight in terms:
             if not self.moves(name, query):
                 continue
             u = self._u(parameter, query)
-            total.add_(u, alpha=weight)
+            total = u * weight if total is None else total.add_(u, alpha=weight)
             if beta and directions.sparse:
                 probed = u != 0 if probed is None else probed | (u != 0)
+        if total is None:
+            total = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         if not beta:
             return total
         old = self.setting.state[parameter].get("momentum_buffer")
@@ -283,6 +295,10 @@ class _Direction(Drawn):
     def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """See :meth:`Drawn.pieces`."""
         return self._path.pieces(self._parameter, self._query)
+
+    def rows(self, ids: Tensor) -> Tensor | None:
+        """See :meth:`Drawn.rows`."""
+        return self._path.looked_up(self._parameter, self._query, ids)
 
     def displaced(self, weight: Tensor, tau: float) -> Tensor:
         """See :meth:`Drawn.displaced`."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ContextDecorator
+from types import TracebackType
 
 import torch
 
@@ -12,15 +12,25 @@ __all__ = ["no_autocast"]
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 
 
-@contextmanager
-def no_autocast() -> Iterator[None]:
+class no_autocast(ContextDecorator):  # noqa: N801 (used as a function is)
     """Turn autocast off wherever it is on; serves as a decorator too.
 
     A step runs inside the caller's autocast region (Lightning's ``training_step`` does), and so do the hooks of a forward pass:
-    products such as U Vᵀ would be rounded to half precision.
+    products such as U Vᵀ would be rounded to half precision. A class, since it is entered for every tensor of every forward.
     """
-    with ExitStack() as stack:
-        for device_type in _DEVICE_TYPES:
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
+
+    def __enter__(self) -> None:
+        """Turn it off."""
+        kinds = [kind for kind in _DEVICE_TYPES if torch.is_autocast_enabled(kind)]
+        self._regions = [torch.autocast(kind, enabled=False) for kind in kinds]
+        for region in self._regions:
+            region.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """As it was."""
+        for region in reversed(self._regions):
+            region.__exit__(kind, error, trace)
+
+    def _recreate_cm(self) -> no_autocast:
+        """One of its own for each call of what it decorates: calls may be nested."""
+        return no_autocast()

@@ -29,6 +29,10 @@ class Drawn(ABC):
     def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """First row, last row + 1, and these rows of the direction of a parameter seen as a matrix, float32."""
 
+    def rows(self, ids: Tensor) -> Tensor | None:
+        """The rows ``ids`` of the direction, float32, where they cost less than drawing all of them; else None."""
+        return None
+
     def displaced(self, weight: Tensor, tau: float) -> Tensor:
         """``weight + τ u`` as a new tensor."""
         out = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -95,6 +99,11 @@ class ShownDense(Shown):
         places = divided(ids, self.parts, self.label) if self.parts > 1 else ids.unsqueeze(0)
         moved = out.view(*places.shape, -1)
         for drawn, parts in self._shared():
+            looked_up = drawn.rows(torch.stack([places[part] for part, _ in parts]))
+            if looked_up is not None:
+                for (part, tau), rows in zip(parts, looked_up, strict=True):
+                    moved[part] = displaced(moved[part], rows, tau, spare=True)
+                continue
             for first, last, u in drawn.pieces():
                 for part, tau in parts:
                     hit = (places[part] >= first) & (places[part] < last)

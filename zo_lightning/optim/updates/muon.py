@@ -64,12 +64,12 @@ class Muon(SGD):
         """See :meth:`Update.step`; for factors with an orthonormal held one, ``NS(P u) = P NS(u)``."""
         if isinstance(estimate, Factors):
             size = math.sqrt(max(len(estimate.left), len(estimate.right))) if self.unit_entries else 1.0
-            return estimate.with_fresh(newton_schulz(estimate.fresh, self.iterations) * -size)
+            return estimate.with_fresh(newton_schulz(estimate.fresh, self.iterations).mul_(-size))
         if estimate.dim() < 2:
             return -(estimate.sign() if self.vectors == "sign" else estimate) * self.vector_rate
         shape = matrix_shape(estimate.shape)
         size = math.sqrt(max(shape)) if self.unit_entries else 1.0
-        return (newton_schulz(estimate.reshape(shape), self.iterations) * -size).reshape(estimate.shape)
+        return newton_schulz(estimate.reshape(shape), self.iterations).mul_(-size).reshape(estimate.shape)
 
     def check(self, directions: Directions, count: int) -> None:
         """See :meth:`Update.check`."""
@@ -94,24 +94,38 @@ def newton_schulz(g: Tensor, iterations: int = 5) -> Tensor:
     a, b, c = _QUINTIC
     wide = g.to(torch.promote_types(g.dtype, torch.float32))
     peak = wide.abs().amax()  # the square of a huge entry would overflow
-    x = wide / torch.where(peak > 0, peak, torch.ones_like(peak))
-    x = x / (x.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
+    start = wide / torch.where(peak > 0, peak, torch.ones_like(peak))
+    start /= start.norm() + 1e-7
+    tall = start.shape[0] > start.shape[1]
+    x = start.T if tall else start
     if x.shape[1] < _LONG * x.shape[0]:
         for _ in range(iterations):
             gram = x @ x.T
-            x = a * x + (b * gram + c * gram @ gram) @ x
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x.T if tall else x
     # Of a long matrix, all iterations are polynomials of its small Gram matrix, applied to it at the end. In float64: else
     # rounding makes eigenvalues near zero negative, and iterations make these large.
     gram = torch.zeros(x.shape[0], x.shape[0], dtype=torch.float64, device=x.device)
     for piece in x.split(max(1, _PIECE // x.shape[0]), dim=1):
-        gram.addmm_(piece.double(), piece.double().T)
-    identity = torch.eye(x.shape[0], dtype=gram.dtype, device=x.device)
-    total = identity
-    for _ in range(iterations):
-        factor = a * identity + b * gram + c * gram @ gram
-        total, gram = factor @ total, factor @ gram @ factor
-    x = total.to(x.dtype) @ x
-    return x.T if tall else x
+        double = piece.double()
+        gram.addmm_(double, double.T)
+    total = _product_of_factors(gram, iterations).to(x.dtype)
+    return start @ total.T if tall else total @ start
+
+
+def _product_of_factors(gram: Tensor, iterations: int) -> Tensor:
+    """What all iterations together multiply a matrix by: the product of their ``a + b A + c A²``.
+
+    Args:
+        gram: A at the first iteration, float64.
+        iterations: Quintic iterations.
+    """
+    a, b, c = _QUINTIC
+    total = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for left in reversed(range(iterations)):
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        total = factor @ total
+        if left:
+            gram = factor @ gram @ factor
+    return total
