@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.test_configs import save_rows
 from zo_lightning.cli import cli, main
-from zo_lightning.data import get_task
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,10 +40,9 @@ def test_the_quickstart_begins(tmp_path, monkeypatch, capsys):
     assert "val/acc" in output
 
 
-def test_the_commands_of_a_real_run(tiny_opt, tmp_path, monkeypatch):
+def test_the_commands_of_a_real_run(tiny_opt, rows_of, tmp_path, monkeypatch):
     """In order, with a tiny model and data in place of those of the hub."""
     monkeypatch.chdir(ROOT)
-    save_rows(get_task("sst2"), tmp_path / "data")
     commands = [c.split()[1:] for c in COMMANDS if c.startswith("zo-lightning") and "quickstart" not in c]
     assert [command[0] for command in commands] == ["fit", "test"]
     for command in commands:
@@ -53,7 +50,7 @@ def test_the_commands_of_a_real_run(tiny_opt, tmp_path, monkeypatch):
         main(
             [
                 *command,
-                *("--model.model_name_or_path", str(tiny_opt), "--data.data_dir", str(tmp_path / "data")),
+                *("--model.model_name_or_path", str(tiny_opt), "--data.data_dir", str(rows_of("sst2"))),
                 *("--data.num_dev", "12", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"),
                 *("--trainer.enable_progress_bar", "false"),
             ]

@@ -14,6 +14,8 @@ __version__ = version("zo-lightning")
 _HOMES = {
     "AdaNAGED": "zo_lightning.callbacks",
     "CausalLMClassificationModule": "zo_lightning.modules",
+    "CausalLMMultipleChoiceModule": "zo_lightning.modules",
+    "CausalLMGenerationModule": "zo_lightning.modules",
     "ParameterFree": "zo_lightning.optim",
     "PromptDataModule": "zo_lightning.data",
     "ZOModule": "zo_lightning.modules",

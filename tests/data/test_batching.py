@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch.utils.data import SequentialSampler
 
 from zo_lightning.data import LengthBatchSampler, ResumableDataLoader, ShuffleSampler
+from zo_lightning.data.loader import PreparedDataLoader
 
 
 def make(lengths, batch_size, seed=0, pool: int | None = 50, drop_last=False):
@@ -105,3 +106,32 @@ def test_a_finished_epoch_is_not_resumed(state):
     one.load_state_dict(state)
     one.batch_sampler.sampler.set_epoch(4)
     assert len(list(one)) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [PreparedDataLoader, ResumableDataLoader])
+def test_a_loader_is_prepared_once_before_its_first_batch(kind, workers):
+    """What is prepared reaches the order of the batches and the workers, which a copy of all that is there then starts."""
+    lengths, shift, calls = [1] * 12, [0], []
+
+    def collate(items):
+        return [item + shift[0] for item in items]
+
+    def prepare(one):
+        calls.append((one, one.batch_sampler.sampler.epoch))
+        lengths[:] = [i % 3 for i in range(12)]
+        shift[0] = 100
+
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": collate, "prepare": prepare}
+    one = kind(range(12), batch_sampler=make(lengths, 4), **options)
+    iterator = iter(one)
+    one.batch_sampler.sampler.set_epoch(3)
+    assert calls == []
+    epochs = [list(iterator), list(one)]
+    assert calls == [(one, 3)]
+    assert epochs[0] == epochs[1]
+    assert sorted(sorted(batch) for batch in epochs[0]) == [[100 + i for i in range(12) if i % 3 == k] for k in range(3)]
+
+
+def test_a_loader_without_anything_to_prepare():
+    assert list(PreparedDataLoader(range(4), batch_size=2, collate_fn=list)) == [[0, 1], [2, 3]]

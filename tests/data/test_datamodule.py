@@ -139,6 +139,24 @@ def test_tokenizers(film_dir, words, tmp_path):
     assert data.dataset("train")[0]["prompt_ids"][0] == 2
 
 
+def test_a_second_model_brings_its_own_tokenizer(film_dir, words, bpe, tmp_path):
+    """Unless one was given: ids of the first would be other words to the second."""
+    for name, tokenizer in (("first", words), ("second", bpe)):
+        tokenizer.save_pretrained(tmp_path / name)
+    data, given = make(film_dir, None), make(film_dir, words)
+    seen = []
+    for name in ("first", "second", "second"):
+        module = Recorder()
+        module.model_name_or_path = str(tmp_path / name)
+        for each in (data, given):
+            trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, each)
+        seen.append([data.dataset("train")[0]["prompt_ids"], given.dataset("train")[0]["prompt_ids"]])
+    (first, kept), (second, still), again = seen
+    assert first == kept == still != second
+    assert again == seen[1]
+    assert second[1:] == bpe(data.dataset("train")[0]["prompt"], add_special_tokens=False)["input_ids"]
+
+
 def test_padding_without_a_pad_token(film_dir):
     tokenizer = word_tokenizer()
     tokenizer.pad_token = None
@@ -164,7 +182,7 @@ def test_too_few_rows(film_dir, words):
 
 def test_verbalizers_with_the_same_tokens(film_dir, words):
     task = {"template": "{sentence} It was", "verbalizers": [" good", "  good"]}
-    with pytest.raises(DataError, match=r"row \d+ \(from 0\) of .*train\.jsonl: the verbalizers ' good' and '  good'"):
+    with pytest.raises(DataError, match=r"row \d+ \(from 0\) of .*train\.jsonl: the candidates ' good' and '  good'"):
         make(film_dir, words, task=task).setup("fit")
 
 

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from tests.data.conftest import film_rows, write_jsonl
-from zo_lightning.data import ClassificationTask, DataError, get_task, load_split
+from zo_lightning.data import ClassificationTask, DataError, PromptDataModule, get_task, load_split
 
 SST2 = get_task("sst2")
 
@@ -164,3 +164,12 @@ def test_the_hub_gives_rows(monkeypatch):
 def test_task_without_a_hub_dataset():
     message = fails(ClassificationTask("{text}", ["a", "b"], name="mine"), None)
     assert message == "task 'mine' has no dataset on the hub, give a folder with --data.data_dir"
+
+
+def test_a_column_of_another_type(tmp_path, words):
+    """Texts that are all numbers are numbers in a CSV file."""
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text("sentence,label\n" + "1,0\n2,1\n" * 3)
+    data = PromptDataModule("sst2", str(tmp_path), tokenizer=words, num_train=2, num_dev=2)
+    with pytest.raises(DataError, match=r"row \d \(from 0\) of .*train.csv: task 'sst2' cannot read it .* {'sentence': 'int'"):
+        data.setup("fit")

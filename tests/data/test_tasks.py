@@ -57,8 +57,8 @@ GOLDEN = {
 }
 
 
-def test_every_task_has_a_golden_prompt():
-    assert list_tasks() == sorted(GOLDEN)
+def test_every_classification_task_has_a_golden_prompt():
+    assert [name for name in list_tasks() if isinstance(get_task(name), ClassificationTask)] == sorted(GOLDEN)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -89,7 +89,7 @@ def test_names_ignore_case_and_tasks_pass_through():
 
 
 def test_misspelt_name_suggests_the_closest():
-    with pytest.raises(DataError, match=r"unknown task 'sst-2', did you mean 'sst2'\?.*'boolq', 'cb', 'multirc'"):
+    with pytest.raises(DataError, match=r"unknown task 'sst-2', did you mean 'sst2'\?.*'boolq', 'cb', .*'multirc'"):
         get_task("sst-2")
     with pytest.raises(DataError, match=r"unknown task 'translation'; the tasks are"):
         get_task("translation")

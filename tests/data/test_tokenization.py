@@ -51,6 +51,12 @@ def test_no_room_for_the_candidate(words):
         encode_prompts(words, ["one two"], [[" bad", " not sure"]], 2)
 
 
+def test_long_candidates_are_not_told_in_whole(words):
+    with pytest.raises(DataError, match=r"before the candidates \[' one one .*one one', ' bad'\] of up to 300 tokens") as told:
+        encode_prompts(words, ["one two"], [[" one" * 300, " bad"]], 50)
+    assert len(str(told.value)) < 300
+
+
 def without_special_tokens():
     tokenizer = word_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
@@ -61,7 +67,7 @@ def test_no_bos_where_the_tokenizer_adds_none():
     tokenizer = without_special_tokens()
     (encoded,) = encode_prompts(tokenizer, ["one two"], [[" bad", " good"]], 2)
     assert encoded.prompt_ids == [30]
-    with pytest.raises(DataError, match="nothing is left before"):
+    with pytest.raises(DataError, match=r"the prompt has no token before the candidates .*, and the tokenizer puts no BOS"):
         encode_prompts(tokenizer, [""], [[" bad", " good"]], 2048)
 
 
@@ -113,7 +119,7 @@ def test_property_nothing_is_lost(prompt, candidates, room):
 
 
 def test_verbalizers_without_tokens_or_with_the_same(words):
-    with pytest.raises(DataError, match=r"row 3: the verbalizer ' ' has no tokens after the prompt"):
+    with pytest.raises(DataError, match=r"row 3: the candidate ' ' has no tokens after the prompt"):
         encode_prompts(words, ["one"], [[" ", " good"]], 2048, lambda position: "row 3")
-    with pytest.raises(DataError, match=r"the verbalizers ' good' and 'good ' have the same tokens \[13\], change one"):
+    with pytest.raises(DataError, match=r"the candidates ' good' and 'good ' have the same tokens \[13\], change one"):
         encode_prompts(words, ["one:"], [[" good", " bad", "good "]], 2048)

@@ -144,6 +144,8 @@ def test_tasks_need_names_of_their_own():
         MultiTaskDataModule([PromptDataModule(), PromptDataModule()])
     with pytest.raises(DataError, match="at least one"):
         MultiTaskDataModule([])
+    with pytest.raises(DataError, match="'squad' is a generation task; give tasks with candidates"):
+        MultiTaskDataModule([PromptDataModule("sst2"), PromptDataModule("squad")])
     assert MultiTaskDataModule([PromptDataModule("sst2"), PromptDataModule("cb")]).num_classes == 3
 
 

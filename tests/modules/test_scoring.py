@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from tests.tiny import CANDIDATES, PROMPTS, plan
-from zo_lightning.modules import candidate_scores, classification_losses
+from zo_lightning.modules import (
+    by_example,
+    candidate_log_likelihoods,
+    candidate_scores,
+    classification_losses,
+    label_losses,
+)
 
 
 def slow_scores(logits: torch.Tensor, batch: dict, normalised: bool) -> list[list[float]]:
@@ -47,6 +53,20 @@ def test_losses_are_the_cross_entropy_of_the_scores(ragged):
         for row, label in zip(slow_scores(logits, ragged, True), ragged["label"].tolist(), strict=True)
     ]
     torch.testing.assert_close(losses, torch.tensor(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_label_losses_are_those_of_the_right_candidate_per_token(ragged):
+    torch.manual_seed(2)
+    logits = torch.randn(len(ragged["token_id"]), 24)
+    sums = candidate_log_likelihoods(logits, ragged, length_normalised=False)
+    expected = [-row[label] for row, label in zip(slow_scores(logits, ragged, True), ragged["label"].tolist(), strict=True)]
+    torch.testing.assert_close(label_losses(sums, ragged), torch.tensor(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_values_by_example(ragged):
+    """Three candidates of the first example, two of the others."""
+    assert by_example(torch.arange(7), ragged, fill=9).tolist() == [[0, 1, 2], [3, 4, 9], [5, 6, 9]]
+    assert by_example(torch.arange(7.0), ragged)[1].tolist() == [3.0, 4.0, -math.inf]
 
 
 def test_a_shared_logit_position_serves_several_candidates():

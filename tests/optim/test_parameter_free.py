@@ -246,14 +246,103 @@ def test_calibration_happens_once():
         (math.nan, parabola(1.0), {}, r"the loss of the first batch is nan; check the weights and the data"),
         (math.inf, parabola(1.0), {}, r"the loss of the first batch is inf"),
         (0.5, parabola(1.0), {"f_low": 0.6}, r"the loss of the first batch is 0.5, not above f_low=0.6; pass a lower bound"),
-        (0.0, parabola(1.0), {}, r"the loss of the first batch is 0, not above f_low=0"),
         (-3.0, parabola(1.0), {}, r"the loss of the first batch is -3, not above f_low=0"),
     ],
-    ids=["flat", "linear", "nan", "inf", "f_low above", "zero loss", "negative loss"],
+    ids=["flat", "linear", "nan", "inf", "f_low above", "negative loss"],
 )
 def test_calibration_errors(base, along, settings, message):
     with pytest.raises(CalibrationError, match=message):
         ParameterFree(100, **settings).before_step(0, Landscape(base, along))
+
+
+def test_a_batch_that_leaves_nothing_to_gain_is_passed_over():
+    """As one of decisions that are all right: no step, and the calibration waits for another batch."""
+    rule = ParameterFree(100)
+    for t in range(3):
+        assert rule.before_step(t, Landscape(0.0, parabola(1.0))) is False
+        assert (rule.step_size, rule.calibrated) == (0.0, False)
+        rule.after_step(report(t, 0.0))
+    fresh = ParameterFree(100)
+    for each in (rule, fresh):
+        each.before_step(3, Landscape(1.0, parabola(1.0)))
+    assert rule.step_size == fresh.step_size > 0
+    assert rule.state_dict() == fresh.state_dict()
+
+
+def test_a_loss_that_is_never_above_its_bound_is_an_error():
+    rule = ParameterFree(1000)
+    for t in range(100):
+        rule.before_step(t, Landscape(0.0, parabola(1.0)))
+    with pytest.raises(CalibrationError, match=r"the loss of the first batch is 0, not above f_low=0; pass a lower bound"):
+        rule.before_step(100, Landscape(0.0, parabola(1.0)))
+
+
+# ---- losses that count decisions ---------------------------------------------------------------------------------------
+def test_the_gap_of_decisions_is_that_to_the_nearer_bound():
+    rule = ParameterFree(100, f_high=1.0)
+    rule.before_step(0, Landscape(0.9, parabola(1.0)))
+    assert rule.gap == pytest.approx(0.1)
+    low = ParameterFree(100, f_high=1.0)
+    low.before_step(0, Landscape(0.2, parabola(1.0)))
+    assert low.gap == pytest.approx(0.2)
+
+
+def test_the_rise_of_decisions_counts_by_its_size():
+    """Where jumps go up and down, τ is that at which the loss first changes by ηΔ; a rule that waits for a rise goes beyond."""
+
+    def along(distance: float) -> float:
+        return 0.0 if abs(distance) < 0.25 else -0.1 if abs(distance) < 4 else 0.3
+
+    rule, smooth = ParameterFree(100, f_high=1.0, probe_rise=0.05), ParameterFree(100, probe_rise=0.05)
+    for each in (rule, smooth):
+        each.before_step(0, Landscape(0.5, along))
+    c = 2 * 0.1 / 0.25**2
+    assert rule.curvature == pytest.approx(c)
+    assert rule.smoothing == pytest.approx(math.sqrt(2 * 0.05 * 0.5 / c))
+    assert rule.step_size == pytest.approx(math.sqrt(2 * 0.1 * 0.5 / (100 * c)) * math.sqrt(3))
+    assert smooth.smoothing > 5 * rule.smoothing
+
+
+def test_the_curvature_of_decisions_counts_by_its_size():
+    rule = ParameterFree(100, f_high=1.0)
+    rule.before_step(0, Landscape(0.5, parabola(1.0)))
+    before, count = rule.curvature, 3  # of the calibration
+    rule.after_step(report(0, 0.5, curvature=-8.0))
+    assert rule.curvature == pytest.approx((count * before + 8.0) / (count + 1))
+
+
+def test_decisions_that_are_all_wrong_are_passed_over_and_then_an_error():
+    rule = ParameterFree(1000, f_high=1.0)
+    for t in range(100):
+        assert rule.before_step(t, Landscape(1.0, parabola(1.0))) is False
+    with pytest.raises(CalibrationError, match=r"is 1, not below f_high=1: no decision is right; begin with a model that"):
+        rule.before_step(100, Landscape(1.0, parabola(1.0)))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("bound", [0.0, 0.8])
+def test_a_loss_is_at_its_bound_up_to_rounding(bound, sign):
+    """In float32 0.9 less 0.1 is 0.79999995, or 0.80000001."""
+    base = bound + sign * 5e-8
+    rule = ParameterFree(1000, f_high=0.8)
+    for t in range(100):
+        assert rule.before_step(t, Landscape(base, parabola(1.0))) is False
+    with pytest.raises(CalibrationError, match=r"not above f_low=0;|not below f_high=0\.8: no decision is right"):
+        rule.before_step(100, Landscape(base, parabola(1.0)))
+
+
+def test_decisions_that_nothing_changes_are_an_error():
+    with pytest.raises(CalibrationError, match=r"the loss \(0\.5\) does not rise by 1%.*; take larger batches"):
+        ParameterFree(100, f_high=1.0).before_step(0, Landscape(0.5, lambda distance: 0.0))
+
+
+def test_a_bounded_loss_never_explodes():
+    rule = ParameterFree(1000, f_high=1.0)
+    rule.before_step(0, Landscape(0.01, parabola(1.0)))
+    for t in range(20):
+        rule.after_step(report(t, 0.9))
+    assert rule.calibrated
+    assert rule.recalibrations == 0
 
 
 # ---- where the formulas say nothing ------------------------------------------------------------------------------------
@@ -480,6 +569,8 @@ def test_the_state_is_plain_and_the_round_trip_exact():
         ({"interval": 0}, "interval must be at least 1 step, got 0"),
         ({"schedule": "cosine"}, "schedule must be 'linear' or 'constant', got 'cosine'"),
         ({"unknown_horizon": 0}, "unknown_horizon must be at least 1 step, got 0"),
+        ({"f_high": 0.0}, "f_high must be finite and above f_low=0.0, or None, got 0.0"),
+        ({"f_high": math.inf}, "f_high must be finite and above f_low=0.0, or None, got inf"),
         ({"f_low": math.nan}, "f_low must be finite, got nan"),
         ({"f_low": -math.inf}, "f_low must be finite, got -inf"),
     ],

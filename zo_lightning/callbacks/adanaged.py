@@ -19,6 +19,8 @@ from zo_lightning.optim.groups import GeometrySpec
 __all__ = ["AdaNAGED"]
 
 _STATE = "zo_lightning_takeover"  # key of a checkpoint
+_SHARES = (0.1, 0.01)  # φ and η
+_SHARES_OF_DECISIONS = (0.5, 0.05)  # a single decision of a batch is a few per cent
 _DEFAULT_EPOCHS = 1000  # what Lightning sets where neither max_steps nor max_epochs is given
 
 
@@ -51,14 +53,18 @@ class AdaNAGED(Callback):
 
     Args:
         f_low: A lower bound of the loss; 0 for cross-entropy.
-        attainable: φ, the share of the gap that the run is expected to close until it has shown more; in (0, 1].
-        probe_rise: η, the share of the gap by which a probe may raise the loss.
+        attainable: φ, the share of the gap that the run is expected to close until it has shown more; in (0, 1]. None is 0.1,
+            or 0.5 for a loss that counts decisions.
+        probe_rise: η, the share of the gap by which a probe may raise the loss. None is 0.01, or 0.05 for a loss that counts
+            decisions.
         interval: K, steps between measurements of the curvature; each costs one forward.
         schedule: ``"linear"`` decay to zero at N, or ``"constant"``.
         geometry: Overrides of the default map from parameters to geometries; see :class:`~zo_lightning.optim.GeometryMap`.
         total_steps: N, where the Trainer does not know it or is to be overruled.
         optimizer: Makes the :class:`~zo_lightning.optim.ZerothOrder` for a module that is taken over, by default one with its
             own defaults; a ``ZOModule`` has an argument of its own.
+        f_high: An upper bound of a loss that counts decisions, such as one less an accuracy, see
+            :class:`~zo_lightning.optim.ParameterFree`; None asks a ``ZOModule`` for its ``f_high``.
 
     Attributes:
         rule: The parameter-free rule.
@@ -71,15 +77,17 @@ class AdaNAGED(Callback):
     def __init__(
         self,
         f_low: float = 0.0,
-        attainable: float = 0.1,
-        probe_rise: float = 0.01,
+        attainable: float | None = None,
+        probe_rise: float | None = None,
         interval: int = 10,
         schedule: Literal["linear", "constant"] = "linear",
         geometry: dict[str, Any] | None = None,
         total_steps: int | None = None,
         optimizer: OptimizerCallable | None = None,
+        f_high: float | None = None,
     ) -> None:
         self.f_low = f_low
+        self.f_high = f_high
         self.attainable = attainable
         self.probe_rise = probe_rise
         self.interval = interval
@@ -87,7 +95,7 @@ class AdaNAGED(Callback):
         self.geometry: Mapping[str, GeometrySpec] | None = geometry
         self.total_steps = total_steps
         GeometryMap(geometry, directions=Gaussian())  # names and radii are checked here, patterns once there is a model
-        self.rule = self._new_rule()
+        self.rule = self._new_rule(f_high)
         self.optimizer: ZerothOrder | None = None
         self._make_optimizer = optimizer
         self._takeover: TakeOver | None = None
@@ -113,7 +121,8 @@ class AdaNAGED(Callback):
                 "the number of steps is not known: set max_steps (--trainer.max_steps) or max_epochs; "
                 "AdaNAGED(total_steps=...) overrides both, and is the way where 1000 epochs (Lightning's default) are meant"
             )
-        self.rule = self._new_rule()  # a second fit starts afresh
+        bound = getattr(pl_module, "f_high", None) if isinstance(pl_module, ZOModule) else None
+        self.rule = self._new_rule(bound if self.f_high is None else self.f_high)  # a second fit starts afresh
         self.optimizer = self._restored = self._kept = self._takeover = None
         self._skipped = self._seen = 0
         if not isinstance(pl_module, ZOModule):
@@ -222,12 +231,14 @@ class AdaNAGED(Callback):
                 "Trainer.fit without ckpt_path, on a module from load_from_checkpoint"
             )
 
-    def _new_rule(self) -> ParameterFree:
+    def _new_rule(self, f_high: float | None) -> ParameterFree:
+        attainable, probe_rise = _SHARES if f_high is None else _SHARES_OF_DECISIONS
         return ParameterFree(
             self.total_steps,
             f_low=self.f_low,
-            attainable=self.attainable,
-            probe_rise=self.probe_rise,
+            f_high=f_high,
+            attainable=attainable if self.attainable is None else self.attainable,
+            probe_rise=probe_rise if self.probe_rise is None else self.probe_rise,
             interval=self.interval,
             schedule=self.schedule,
         )

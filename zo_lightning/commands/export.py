@@ -96,8 +96,20 @@ def _module_of(content: dict[str, Any], checkpoint: str) -> LanguageModelModule:
     kind = getattr(zo_lightning.modules, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, LanguageModelModule)):
         raise ModelError(f"--checkpoint {checkpoint!r} is of the module {name!r}, which this version cannot export")
-    known = set(inspect.signature(kind).parameters) - {"optimizer", "lr_scheduler"}
+    known = _arguments(kind) - {"optimizer", "lr_scheduler"}
     return kind(**{key: value for key, value in content["hyper_parameters"].items() if key in known})
+
+
+def _arguments(kind: type) -> set[str]:
+    """The names of a class's arguments, those of its bases too where it hands further ones on to them."""
+    names: set[str] = set()
+    for each in kind.__mro__:
+        if "__init__" in vars(each):
+            parameters = inspect.signature(each).parameters
+            names |= {name for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
+            if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+                break
+    return names
 
 
 def _filled(module: LanguageModelModule, state: dict[str, Tensor], checkpoint: str, *, with_base: bool) -> Any:

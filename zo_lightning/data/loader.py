@@ -1,15 +1,41 @@
-"""A data loader that resumes in the middle of an epoch."""
+"""Data loaders that prepare themselves when they are first used, and that resume in the middle of an epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = ["PreparedDataLoader", "ResumableDataLoader"]
 
 
-class ResumableDataLoader(DataLoader[Any]):
-    """A :class:`~torch.utils.data.DataLoader` whose place in the epoch is part of the checkpoint.
+class PreparedDataLoader(DataLoader[Any]):
+    """A :class:`~torch.utils.data.DataLoader` that waits with what depends on the model until its first batch is asked for.
+
+    Lightning may make the loaders before the model, to count the steps.
+
+    Args:
+        dataset: See the base class.
+        prepare: Called with the loader before its first iteration, ahead of any worker process.
+        **kwargs: See the base class.
+    """
+
+    def __init__(self, dataset: Dataset[Any], prepare: Callable[[DataLoader[Any]], None] | None = None, **kwargs: Any) -> None:
+        super().__init__(dataset, **kwargs)
+        self.prepare = prepare
+        self._prepared = False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator starts at its first `next`: by then Lightning, which creates it earlier, has set the epoch.
+        if self.prepare is not None and not self._prepared:
+            self._prepared = True
+            self.prepare(self)
+        yield from super().__iter__()
+
+
+class ResumableDataLoader(PreparedDataLoader):
+    """A loader whose place in the epoch is part of the checkpoint.
 
     Lightning saves and restores the state of loaders that have one. A run that is resumed then sees exactly the batches
     that it would have seen, provided that the order of the batches depends on the epoch alone, as that of
@@ -21,7 +47,6 @@ class ResumableDataLoader(DataLoader[Any]):
     _resume: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator starts at its first `next`: by then Lightning, which creates it earlier, has set the epoch.
         resume, self._resume = self._resume, None
         skip = 0
         # An epoch cut short by limit_train_batches ends at a place that is no place to go on from in the next epoch.

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from zo_lightning.data.datamodule import PromptDataModule
 from zo_lightning.data.errors import DataError
+from zo_lightning.data.tasks import GenerationTask
 
 __all__ = ["MultiTaskDataModule"]
 
@@ -24,7 +25,7 @@ class MultiTaskDataModule(LightningDataModule):
         tasks: A datamodule for each task, with its own rows, batch size and seeds.
 
     Raises:
-        DataError: If there is none, or two tasks have one name.
+        DataError: If there is none, two tasks have one name, or one is a generation task, which has batches of another kind.
     """
 
     def __init__(self, tasks: list[PromptDataModule]) -> None:
@@ -35,6 +36,9 @@ class MultiTaskDataModule(LightningDataModule):
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise DataError(f"tasks: two have the name {twice!r}; a task of your own takes a `name`")
+        for member in tasks:
+            if isinstance(member.task, GenerationTask):
+                raise DataError(f"tasks: {member.task.name!r} is a generation task; give tasks with candidates only")
         self.members = dict(zip(names, tasks, strict=True))
 
     @property

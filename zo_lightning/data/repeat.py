@@ -9,8 +9,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from zo_lightning.data.collate import ScoringBatch
+from zo_lightning.data.collate_generation import GenerationBatch
 
-__all__ = ["repeat_batch", "repeat_scoring_batch"]
+__all__ = ["repeat_batch", "repeat_generation_batch", "repeat_scoring_batch"]
 
 # what the numbers in a column count: they go on where the copy before ends
 _COUNTS = {
@@ -41,6 +42,8 @@ def repeat_batch(batch: Any, copies: int) -> Any | None:
 def repeat_scoring_batch(batch: ScoringBatch, copies: int) -> ScoringBatch:
     """Repeat a scoring batch: the columns that count rows, positions, candidates and examples go on counting.
 
+    The neutral prompts of a calibrated one are repeated like the others, so that each copy reads its own.
+
     Args:
         batch: Of B examples.
         copies: How many.
@@ -48,9 +51,34 @@ def repeat_scoring_batch(batch: ScoringBatch, copies: int) -> ScoringBatch:
     Returns:
         A batch of copies · B examples, one copy after the other.
     """
-    repeated: dict[str, Tensor] = {}
-    for key, column in batch.items():
-        assert isinstance(column, Tensor)
-        step = len(batch[_COUNTS[key]]) if key in _COUNTS else 0  # type: ignore[literal-required]
+    columns: dict[str, Any] = dict(batch)
+    repeated: dict[str, Any] = {}
+    steps = {key: len(columns[of]) for key, of in _COUNTS.items()}
+    neutral = columns.pop("neutral", None)
+    if neutral is not None:
+        steps["candidate_neutral"] = len(neutral["candidate_length"])
+    for key, column in columns.items():
+        step = steps.get(key, 0)
         repeated[key] = torch.cat([column + i * step if step else column for i in range(copies)])
+    if neutral is not None:
+        repeated["neutral"] = repeat_scoring_batch(neutral, copies)
     return repeated  # type: ignore[return-value]
+
+
+def repeat_generation_batch(batch: GenerationBatch, copies: int) -> GenerationBatch:
+    """Repeat a generation batch, its lists of answers too.
+
+    Args:
+        batch: Of B examples.
+        copies: How many.
+
+    Returns:
+        A batch of copies · B examples, one copy after the other.
+    """
+    return GenerationBatch(
+        scoring=repeat_scoring_batch(batch["scoring"], copies),
+        input_ids=torch.cat([batch["input_ids"]] * copies),
+        attention_mask=torch.cat([batch["attention_mask"]] * copies),
+        answers=batch["answers"] * copies,
+        index=torch.cat([batch["index"]] * copies),
+    )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from glob import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 import numpy as np
 from numpy.typing import NDArray
 
 from zo_lightning.data.errors import DataError
+from zo_lightning.data.splits import Rows
 from zo_lightning.data.tasks import ClassificationTask, Task
+
+Read = TypeVar("Read")
 
 # Extension -> the builder of `datasets` that reads it, and the builder's options.
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,6 +41,10 @@ class SourceSplit(NamedTuple):
     labels: NDArray[np.int64] | None
     origin: str
 
+    def row(self, number: int) -> str:
+        """What messages call a row."""
+        return f"row {number} (from 0) of {self.origin}"
+
 
 def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> SourceSplit:
     """Read one split of a task and check its columns and labels.
@@ -58,6 +66,40 @@ def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> So
     _check_columns(task, rows, origin)
     labels = _read_labels(task, rows, origin) if isinstance(task, ClassificationTask) else None
     return SourceSplit(rows, labels, origin)
+
+
+def read_rows(
+    task: Task, source: SourceSplit, rows: Sequence[int] | Rows, read: Callable[[dict[str, Any]], Read]
+) -> list[Read]:
+    """Make something of rows of a source, with errors that name the row.
+
+    Args:
+        task: The task.
+        source: The source split.
+        rows: The row numbers to take, shape (n,).
+        read: What to make of a row.
+
+    Returns:
+        What was made of the n rows, in their order.
+
+    Raises:
+        DataError: If a row has no value in one of the task's columns, or cannot be read.
+    """
+    made = []
+    for number, row in zip(rows, source.rows.select(rows), strict=True):
+        empty = [column for column in task.columns if row[column] is None]
+        if empty:
+            raise DataError(f"{source.row(number)}: no value in {empty}, fill it or remove the row")
+        try:
+            made.append(read(row))
+        except DataError as error:
+            raise DataError(f"{source.row(number)}: {error}") from None
+        except (AttributeError, TypeError) as error:  # a column of a CSV file whose texts are all numbers is one of numbers
+            kinds = {column: type(row[column]).__name__ for column in dict.fromkeys([*task.columns, *task.target_columns])}
+            raise DataError(
+                f"{source.row(number)}: task {task.name!r} cannot read it ({error}); its columns are {kinds}"
+            ) from error
+    return made
 
 
 def _load_hub(task: Task, split: str) -> tuple[datasets.Dataset, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,6 +58,50 @@ def split_train_dev(num_rows: int, num_train: int, num_dev: int, seed: int, smal
         small_dev = max(1, num_rows // 5)
     held_out = min(small_dev, num_dev)
     return rows[: min(num_train, num_rows - held_out)], rows[num_rows - held_out :]
+
+
+def sample_shots(
+    num_rows: int,
+    num_shots: int,
+    seed: int,
+    labels: NDArray[np.int64] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> tuple[Rows, Rows]:
+    """Choose as few training and development rows as in few-shot learning: the same number of each class.
+
+    Of each class the first ``num_shots`` rows of the permutation train and the next ``num_shots`` develop. LM-BFF, and MeZO
+    in its experiments with masked language models, draw their rows in the same way: the same seed gives the same rows.
+
+    Args:
+        num_rows: The number of rows n of the training split.
+        num_shots: The number of training rows, and of development rows, of each class.
+        seed: The seed of the split.
+        labels: The class of every row, shape (n,); without classes all rows are of one.
+        class_names: What messages call the classes; by default their numbers.
+
+    Returns:
+        The training rows, shape (num_shots · classes,), and as many development rows, without an overlap; both in the
+        order of the permutation, so that the classes are mixed.
+
+    Raises:
+        DataError: If a class has fewer than ``2 * num_shots`` rows.
+    """
+    rows = shuffled_rows(num_rows, seed)
+    ordered = np.zeros(num_rows, dtype=np.int64) if labels is None else labels[rows]
+    classes = 1 if labels is None else len(class_names) if class_names is not None else int(labels.max()) + 1
+    train, dev = [], []
+    for number in range(classes):
+        places = np.flatnonzero(ordered == number)
+        if len(places) < 2 * num_shots:
+            name = number if class_names is None else repr(class_names[number])
+            of_class = "" if labels is None else f" of class {name}"
+            raise DataError(
+                f"num_shots is {num_shots}, which takes {2 * num_shots} rows{of_class} for training and development, and there "
+                f"are {len(places)}; lower it"
+            )
+        train.append(places[:num_shots])
+        dev.append(places[num_shots : 2 * num_shots])
+    return rows[np.sort(np.concatenate(train))], rows[np.sort(np.concatenate(dev))]
 
 
 def sample_eval(num_rows: int, num_eval: int, seed: int) -> Rows:

@@ -60,6 +60,7 @@ class ZOModule(LightningModule):
 
     Attributes:
         geometry: Rules that a callback hands over in its ``setup``; they replace those of the optimizer.
+        f_high: An upper bound of the loss, where it counts decisions, for the parameter-free rule; else None.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class ZOModule(LightningModule):
         self.first_order = first_order
         self.automatic_optimization = False
         self.geometry: Mapping[str, GeometrySpec] | None = None
+        self.f_high: float | None = None
         self._make_optimizer: OptimizerCallable = optimizer or ZerothOrder
         self._make_lr_scheduler = lr_scheduler
         self._lr_scheduler_interval = lr_scheduler_interval

@@ -254,5 +254,6 @@ def _count_positions(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tu
     assert mask is not None
     assert fed is not None
     # a mask of ones for keys and values that come from no token (prefix tuning) counts too
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0).long()
+    # as integers: peft's ones are of the default dtype, and bfloat16 does not count beyond 256
+    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     return args, {**kwargs, "position_ids": positions[:, -fed.shape[1] :]}

@@ -1,4 +1,4 @@
-"""From next-token logits to class scores and losses: pure functions on the scoring plan of a batch.
+"""From next-token logits to scores and losses: pure functions on the scoring plan of a batch.
 
 The plan says which logits were computed (P of them), which S tokens are scored there, to which of the C candidates each
 token belongs, and to which of the B examples each candidate. See :class:`zo_lightning.data.ScoringBatch`.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["candidate_log_likelihoods", "candidate_scores", "classification_losses"]
+__all__ = ["by_example", "candidate_log_likelihoods", "candidate_scores", "classification_losses", "label_losses"]
 
 
 def candidate_log_likelihoods(logits: Tensor, batch: Mapping[str, Tensor], *, length_normalised: bool = True) -> Tensor:
@@ -43,19 +43,30 @@ def candidate_scores(logits: Tensor, batch: Mapping[str, Tensor], *, length_norm
 
     Args:
         logits: Shape (P, V), next-token logits at the plan's positions.
-        batch: The scoring plan; besides the keys of :func:`candidate_log_likelihoods`, ``candidate_example`` and
-            ``candidate_index`` of shape (C,) and ``label`` of shape (B,).
+        batch: The scoring plan; see :func:`candidate_log_likelihoods` and :func:`by_example` for the keys.
         length_normalised: Divide each log-likelihood by the candidate's number of tokens.
 
     Returns:
         Shape (B, K), float32 (float64 for float64 logits), K the largest number of candidates in the batch; ``-inf`` where
         an example has fewer.
     """
-    likelihoods = candidate_log_likelihoods(logits, batch, length_normalised=length_normalised)
-    classes = int(batch["candidate_index"].max()) + 1
-    scores = likelihoods.new_full((batch["label"].numel(), classes), -torch.inf)
-    scores[batch["candidate_example"], batch["candidate_index"]] = likelihoods
-    return scores
+    return by_example(candidate_log_likelihoods(logits, batch, length_normalised=length_normalised), batch)
+
+
+def by_example(values: Tensor, batch: Mapping[str, Tensor], fill: float = -torch.inf) -> Tensor:
+    """Lay out one value per candidate as a table with a row for each example.
+
+    Args:
+        values: Shape (C,).
+        batch: The scoring plan; ``candidate_example`` and ``candidate_index`` of shape (C,) and ``label`` of shape (B,).
+        fill: What stands where an example has fewer candidates than another.
+
+    Returns:
+        Shape (B, K), the dtype of ``values``, K the largest number of candidates in the batch.
+    """
+    table = values.new_full((batch["label"].numel(), int(batch["candidate_index"].max()) + 1), fill)
+    table[batch["candidate_example"], batch["candidate_index"]] = values
+    return table
 
 
 def classification_losses(scores: Tensor, label: Tensor) -> Tensor:
@@ -69,3 +80,20 @@ def classification_losses(scores: Tensor, label: Tensor) -> Tensor:
         Shape (B,), the dtype of ``scores``.
     """
     return F.cross_entropy(scores, label, reduction="none")
+
+
+def label_losses(log_likelihoods: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Negative log-likelihood per token of each example's right candidate, in nats; the others count nothing.
+
+    Args:
+        log_likelihoods: Shape (C,), sums over the tokens of a candidate.
+        batch: The scoring plan; ``candidate_example`` and ``candidate_length`` of shape (C,) and ``label`` of shape (B,).
+
+    Returns:
+        Shape (B,), the dtype of ``log_likelihoods``.
+    """
+    label = batch["label"]
+    # candidates are in the order of the examples: the label counts from the first one of its example
+    first = torch.searchsorted(batch["candidate_example"], torch.arange(label.numel(), device=label.device))
+    right = first + label
+    return -log_likelihoods[right] / batch["candidate_length"][right]

@@ -25,6 +25,8 @@ _LAST_SMOOTHING = 2.0**24
 _CALIBRATION_DIRECTIONS = 3
 _EXPLOSION = 3.0  # how many times the gap at the beginning
 _EXPLODED_STEPS = 5  # in a row
+_BATCHES_AT_A_BOUND = 100  # in a row, after which nothing can be hoped for
+_AT_A_BOUND = 1e-6  # of the range of losses that count decisions: in float32 these need not meet a bound exactly
 _FORGETTING = 0.02  # weight of the newest loss in the running mean: some fifty steps
 
 
@@ -54,9 +56,15 @@ class ParameterFree(StepRule):
     **Safeguard.** A loss that explodes (in five steps running more than three times as far above ``f_low`` as the run began)
     tells that the curvature has been underestimated: the next step calibrates anew, and γ is halved from then on.
 
+    **Losses that count decisions** (one less an accuracy, or an F1) lie between two bounds, and are constant between jumps.
+    With ``f_high`` given, Δ is the distance to the nearer bound: a score that is hardly above nothing can hardly fall. The
+    second difference and the rise, of either sign with equal right there, count by their size: else τ grows until the model
+    decides nothing any more. A batch at a bound, of decisions all right or all wrong, is passed over by the calibration.
+
     Args:
         total_steps: N, the number of optimizer steps of the run; None if it is unknown, then ``N = t + t₀``.
         f_low: Lower bound of the loss; 0 for cross-entropy.
+        f_high: Upper bound of a loss that counts decisions; None for any other.
         attainable: φ, the share of the gap that the run is expected to close until it has shown more; in (0, 1].
         probe_rise: η, the share of the gap by which a probe may raise the loss.
         interval: K, steps between measurements of the curvature.
@@ -78,6 +86,7 @@ class ParameterFree(StepRule):
         total_steps: int | None = None,
         *,
         f_low: float = 0.0,
+        f_high: float | None = None,
         attainable: float = 0.1,
         probe_rise: float = 0.01,
         interval: int = 10,
@@ -98,8 +107,11 @@ class ParameterFree(StepRule):
             raise ValueError(f"unknown_horizon must be at least 1 step, got {unknown_horizon}")
         if not math.isfinite(f_low):
             raise ValueError(f"f_low must be finite, got {f_low}")
+        if f_high is not None and not f_low < f_high < math.inf:
+            raise ValueError(f"f_high must be finite and above f_low={f_low}, or None, got {f_high}")
         self.total_steps = total_steps
         self.f_low = f_low
+        self.f_high = f_high
         self.attainable = attainable
         self.probe_rise = probe_rise
         self.interval = interval
@@ -110,6 +122,7 @@ class ParameterFree(StepRule):
         self.calibrated = False
         self.recalibrations = 0
         self._explosions = 0  # steps in a row
+        self._at_bound = 0  # batches in a row that nothing could be measured on
         self._first_gap = 0.0  # Δ at the beginning
         self._ceiling = 0.0  # the gap that an explosion is measured by
         self._step = 0
@@ -128,8 +141,15 @@ class ParameterFree(StepRule):
 
     @property
     def gap(self) -> float:
-        """Δ, the running loss minus ``f_low``."""
-        return self._loss_average - self.f_low
+        """Δ, the running loss minus ``f_low``, or its distance to ``f_high`` if that is nearer."""
+        return self._gap(self._loss_average)
+
+    def _gap(self, loss: float) -> float:
+        return loss - self.f_low if self.f_high is None else min(loss - self.f_low, self.f_high - loss)
+
+    def _bend(self, difference: float) -> float:
+        """What of a second difference, or of a rise, counts."""
+        return max(0.0, difference) if self.f_high is None else abs(difference)
 
     def before_step(self, step: int, probe: Probe) -> bool:
         """See :meth:`StepRule.before_step`; calibrates if need be.
@@ -138,23 +158,26 @@ class ParameterFree(StepRule):
             CalibrationError: If the loss is not finite at the start, does not respond to any smoothing, or overflows.
         """
         self._step = step
-        if not self.calibrated:
-            self._calibrate(probe)
+        if not self.calibrated and not self._calibrate(probe):
+            self.step_size = 0.0
+            return False
         self._update_sizes()
         return step % self.interval == 0
 
     def after_step(self, report: StepReport) -> None:
         """See :meth:`StepRule.after_step`."""
-        if not report.finite:
+        if not report.finite or not self.calibrated:
             return
         if report.curvature is not None:
-            self._curvature_sum += max(0.0, report.curvature)
+            self._curvature_sum += self._bend(report.curvature)
             self._curvature_count += 1
         self._watch(report.loss)
         self._observe_loss(report.loss)
 
     def _watch(self, loss: float) -> None:
         """Calibrate anew after an explosion."""
+        if self.f_high is not None:
+            return
         exploded = loss - self.f_low > _EXPLOSION * self._ceiling
         self._explosions = self._explosions + 1 if exploded else 0
         if self._explosions < _EXPLODED_STEPS:
@@ -215,19 +238,32 @@ class ParameterFree(StepRule):
         return math.sqrt(3) * max(0.0, 1 - self._step / self.total_steps)
 
     # ---- calibration ---------------------------------------------------------------------------------------------------
-    def _calibrate(self, probe: Probe) -> None:
+    def _calibrate(self, probe: Probe) -> bool:
         """Find the τ at which the median rise reaches ηΔ: ×4 from far below, then one bisection.
 
         Where no τ raises the loss so far, that at which it first changes by as much is taken, and c̄ from the change's size.
+
+        Returns:
+            Whether it was found: not on a batch whose loss is at a bound, as that of decisions may be.
         """
         base = probe.loss()
         if not math.isfinite(base):
             raise CalibrationError(
                 f"the loss of the first batch is {base}; check the weights and the data for NaN or infinite values"
             )
-        if base <= self.f_low:
+        near = 0.0 if self.f_high is None else _AT_A_BOUND * (self.f_high - self.f_low)
+        if abs(self._gap(base)) <= near and self._at_bound < _BATCHES_AT_A_BOUND:
+            self._at_bound += 1
+            _log.info("calibration: the loss of the batch is at its bound, %.4g; the next batch is tried", base)
+            return False
+        if base <= self.f_low + near:
             raise CalibrationError(
                 f"the loss of the first batch is {base:.6g}, not above f_low={self.f_low:.6g}; pass a lower bound of the loss"
+            )
+        if self.f_high is not None and base >= self.f_high - near:
+            raise CalibrationError(
+                f"the loss of the first batch is {base:.6g}, not below f_high={self.f_high:.6g}: no decision is right; begin "
+                "with a model that has learned something of the task by likelihood"
             )
         tau, rises, forwards = self._search(probe, base)
         usable = [2 * rise / tau**2 for rise in rises if math.isfinite(rise)]
@@ -236,7 +272,7 @@ class ParameterFree(StepRule):
                 f"the loss ({base:.6g}) jumps from a rise of less than {self.probe_rise:.0%} to infinity at a smoothing of "
                 f"{tau:.3g}; use a wider precision"
             )
-        self._curvature_sum = sum(max(0.0, c) for c in usable)
+        self._curvature_sum = sum(map(self._bend, usable))
         self._curvature_count = len(usable)
         self._loss_average, self._loss_count = base, 1
         self._ceiling = self.gap
@@ -245,11 +281,13 @@ class ParameterFree(StepRule):
         self._loss_variance, self._reference = 0.0, None
         self.smoothing = tau
         self.calibrated = True
+        self._at_bound = 0
         _log.info("calibration: loss %.4g, smoothing %.3g, curvature %.3g, %d forwards", base, tau, self.curvature, forwards)
+        return True
 
     def _search(self, probe: Probe, base: float) -> tuple[float, list[float], int]:
         """The smoothing, the rises there, and the number of forwards."""
-        target = self.probe_rise * (base - self.f_low)
+        target = self.probe_rise * self._gap(base)
         tau, forwards = _FIRST_SMOOTHING, 1
         changed: tuple[float, list[float]] | None = None  # where the loss first changes by as much, up or down
         while tau <= _LAST_SMOOTHING:
@@ -265,9 +303,12 @@ class ParameterFree(StepRule):
                 changed = tau, [abs(rise) for rise in rises]
             tau *= 4
         if changed is None:
+            hint = "does the closure use the optimizer's parameters?"
+            if self.f_high is not None:
+                hint = "take larger batches, in which not as many decisions are right whatever the weights"
             raise CalibrationError(
                 f"the loss ({base:.6g}) does not rise by {self.probe_rise:.0%} along any of {_CALIBRATION_DIRECTIONS} "
-                f"directions up to a smoothing of {tau / 4:.3g}; does the closure use the optimizer's parameters?"
+                f"directions up to a smoothing of {tau / 4:.3g}; {hint}"
             )
         # any large change of these parameters lowers it: it began above what a constant answer gives
         return *changed, forwards
@@ -278,7 +319,7 @@ class ParameterFree(StepRule):
         for direction in range(_CALIBRATION_DIRECTIONS):
             plus, minus = probe.pair(direction, tau)
             rise = (plus + minus) / 2 - base
-            rises.append(math.inf if math.isnan(rise) else rise)
+            rises.append(math.inf if math.isnan(rise) else rise if self.f_high is None else abs(rise))
         return rises
 
     # ---- state ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 r"""The classification tasks of MeZO, in its prompt shapes.
 
 Source: the tasks and templates of https://github.com/princeton-nlp/MeZO (large_models), so that results can be compared
-with the literature; most of its prompts come from PromptSource. The labels are those of ``glue`` and ``super_glue``.
+with the literature; most of its prompts come from PromptSource. So are the neutral prompts: what of a prompt belongs to the
+label, which is nothing where that has a line of its own. The labels are those of ``glue`` and ``super_glue``.
 All the hub datasets are plain parquet files: none runs code.
 """
 
@@ -25,6 +26,7 @@ class SST2(ClassificationTask):
             class_names=["negative", "positive"],
             hub="nyu-mll/glue",
             hub_config="sst2",
+            neutral_template="It was",
         )
 
     def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +47,7 @@ class RTE(ClassificationTask):
             class_names=["entailment", "not_entailment"],
             hub="aps/super_glue",
             hub_config="rte",
+            neutral_template="",
         )
 
 
@@ -60,6 +63,7 @@ class CB(ClassificationTask):
             class_names=["entailment", "contradiction", "neutral"],
             hub="aps/super_glue",
             hub_config="cb",
+            neutral_template="",
             small_dev=100,  # of 250 training rows, as in MeZO
         )
 
@@ -75,6 +79,7 @@ class BoolQ(ClassificationTask):
             verbalizers=["No", "Yes"],
             hub="aps/super_glue",
             hub_config="boolq",
+            neutral_template="",
         )
 
     def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +102,7 @@ class WiC(ClassificationTask):
             verbalizers=["No", "Yes"],
             hub="aps/super_glue",
             hub_config="wic",
+            neutral_template="",
         )
 
 
@@ -111,6 +117,7 @@ class WSC(ClassificationTask):
             verbalizers=["No", "Yes"],
             hub="aps/super_glue",
             hub_config="wsc.fixed",
+            neutral_template="",
         )
 
     def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -130,4 +137,5 @@ class MultiRC(ClassificationTask):
             verbalizers=["No", "Yes"],
             hub="aps/super_glue",
             hub_config="multirc",
+            neutral_template="",
         )

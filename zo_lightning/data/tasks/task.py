@@ -56,6 +56,9 @@ class Task(ABC):
         self.eval_split = eval_split
         self.small_dev = small_dev
         self.neutral_template = template.rpartition("}")[2] if neutral_template is None else neutral_template
+        neutral_columns = template_columns(self.neutral_template, name, "neutral_template", required=False)
+        if columns is None:
+            self.columns += [column for column in neutral_columns if column not in self.columns]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, template={self.template!r})"

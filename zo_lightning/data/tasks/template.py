@@ -9,13 +9,14 @@ from zo_lightning.data.errors import DataError
 __all__ = ["label_key", "template_columns"]
 
 
-def template_columns(template: str, name: str, argument: str = "template") -> list[str]:
+def template_columns(template: str, name: str, argument: str = "template", required: bool = True) -> list[str]:
     """List the columns that a template names, each once, in order.
 
     Args:
         template: In the syntax of :meth:`str.format`.
         name: The task's name, for messages.
         argument: What messages call the template.
+        required: Whether it has to name a column.
 
     Returns:
         The names; ``{choice.text}`` and ``{choice[text]}`` name the column ``choice``.
@@ -33,7 +34,7 @@ def template_columns(template: str, name: str, argument: str = "template") -> li
         if not column or column.isdigit():
             raise DataError(f"task {name!r}: {{{field}}} in the {argument} {template!r} names no column, write {{column}}")
         columns[column] = None
-    if not columns:
+    if required and not columns:
         raise DataError(f"task {name!r}: the {argument} {template!r} names no column; write for example {{text}}")
     return list(columns)
 
