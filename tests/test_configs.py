@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -146,6 +147,18 @@ def logged(root: Path, column: str) -> list[float]:
     """The values of a column of all ``metrics.csv`` of a folder."""
     files = [list(csv.DictReader(path.read_text().splitlines())) for path in sorted(root.glob("**/metrics.csv"))]
     return [float(row[column]) for rows in files for row in rows if row.get(column)]
+
+
+@pytest.mark.parametrize("task", sorted(MODULES))
+def test_every_task_is_learned(task, tiny_opt, rows_of, tmp_path):
+    """The objective of the same rows, all of them in each batch, falls."""
+    steps = ["--trainer.precision", "32-true", "--trainer.max_steps", "60", "--data.batch_size", "20", "--data.num_dev", "4"]
+    options = small(tiny_opt, rows_of(task), tmp_path, *steps, *kind_options(task))
+    once = ["--validation.times", "1", "--trainer.num_sanity_val_steps", "0"]
+    main(["fit", "--config", str(FOLDER / f"opt-1.3b/{task}.yaml"), *options, *once])
+    losses = logged(tmp_path, "train/loss")
+    assert len(losses) == 60
+    assert fmean(losses[-5:]) < fmean(losses[:5]) * 0.95
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "quickstart"], ids=name)
