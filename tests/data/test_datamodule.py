@@ -95,7 +95,7 @@ def test_seeds(film_dir, words):
     assert rows() == rows()
     assert rows(seed=1)[0] != rows()[0]
     assert rows(shuffle_seed=1)[0] == rows()[0]
-    assert rows(shuffle_seed=1)[1] != rows()[1]
+    assert rows(shuffle_seed=1)[1] != rows(shuffle_seed=0)[1]  # without one it is that of torch
 
 
 def test_workers_give_the_same_batches(film_dir, words):

@@ -17,12 +17,20 @@ class PreparedDataLoader(DataLoader[Any]):
 
     Args:
         dataset: See the base class.
+        batch_size: See the base class.
         prepare: Called with the loader before its first iteration, ahead of any worker process.
         **kwargs: See the base class.
     """
 
-    def __init__(self, dataset: Dataset[Any], prepare: Callable[[DataLoader[Any]], None] | None = None, **kwargs: Any) -> None:
-        super().__init__(dataset, **kwargs)
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = 1,
+        *,
+        prepare: Callable[[DataLoader[Any]], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dataset, batch_size, **kwargs)
         self.prepare = prepare
         self._prepared = False
 

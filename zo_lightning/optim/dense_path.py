@@ -296,8 +296,8 @@ class _Direction(Drawn):
         """See :meth:`Drawn.pieces`."""
         return self._path.pieces(self._parameter, self._query)
 
-    def rows(self, ids: Tensor) -> Tensor | None:
-        """See :meth:`Drawn.rows`."""
+    def looked_up(self, ids: Tensor) -> Tensor | None:
+        """See :meth:`Drawn.looked_up`."""
         return self._path.looked_up(self._parameter, self._query, ids)
 
     def displaced(self, weight: Tensor, tau: float) -> Tensor:

@@ -29,7 +29,7 @@ class Drawn(ABC):
     def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """First row, last row + 1, and these rows of the direction of a parameter seen as a matrix, float32."""
 
-    def rows(self, ids: Tensor) -> Tensor | None:
+    def looked_up(self, ids: Tensor) -> Tensor | None:
         """The rows ``ids`` of the direction, float32, where they cost less than drawing all of them; else None."""
         return None
 
@@ -99,7 +99,7 @@ class ShownDense(Shown):
         places = divided(ids, self.parts, self.label) if self.parts > 1 else ids.unsqueeze(0)
         moved = out.view(*places.shape, -1)
         for drawn, parts in self._shared():
-            looked_up = drawn.rows(torch.stack([places[part] for part, _ in parts]))
+            looked_up = drawn.looked_up(torch.stack([places[part] for part, _ in parts]))
             if looked_up is not None:
                 for (part, tau), rows in zip(parts, looked_up, strict=True):
                     moved[part] = displaced(moved[part], rows, tau, spare=True)
