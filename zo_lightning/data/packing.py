@@ -86,5 +86,4 @@ def fed_rows(example: Example, packed: bool) -> list[FedRow]:
 
 def row_lengths(example: Example, packed: bool) -> list[int]:
     """The lengths of the rows that an example puts into a batch; see :func:`fed_rows`."""
-    prompt, tails = len(example["prompt_ids"]), shared_tails(example["candidate_ids"])
-    return [prompt + sum(map(len, tails))] if packed else [prompt + len(tail) for tail in tails]
+    return [row.length for row in fed_rows(example, packed)]

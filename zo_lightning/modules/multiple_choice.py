@@ -11,7 +11,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAccuracy
 
 from zo_lightning.modules.candidates import CandidateModule
-from zo_lightning.modules.scoring import by_example, classification_losses, label_losses
+from zo_lightning.modules.scoring import classification_losses, is_right, label_losses
 
 __all__ = ["CausalLMMultipleChoiceModule"]
 
@@ -73,6 +73,5 @@ class CausalLMMultipleChoiceModule(CandidateModule):
 
     def update_metrics(self, metrics: MetricCollection, prediction: Tensor, batch: Mapping[str, Tensor]) -> None:
         """Count a prediction as right if it is any of the right choices; see :meth:`CandidateModule.update_metrics`."""
-        gold = by_example(batch["candidate_gold"], batch, fill=0)
-        hits = gold.gather(1, prediction[:, None]).squeeze(1)
+        hits = is_right(prediction, batch)
         metrics.update(hits, torch.ones_like(hits))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.text import squad
 
-from zo_lightning.modules.scoring import by_example
+from zo_lightning.modules.scoring import is_right
 
 __all__ = ["OBJECTIVES", "Objective", "Score", "accuracy", "exact_match", "match", "token_f1"]
 
@@ -28,7 +28,7 @@ def accuracy(predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     Returns:
         Shape (B,), float32, 0 or 1.
     """
-    return by_example(batch["candidate_gold"], batch, fill=0).gather(1, predictions[:, None]).squeeze(1).float()
+    return is_right(predictions, batch).float()
 
 
 def token_f1(predictions: Sequence[str], batch: Mapping[str, Any]) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["by_example", "candidate_log_likelihoods", "candidate_scores", "classification_losses", "label_losses"]
+__all__ = ["by_example", "candidate_log_likelihoods", "candidate_scores", "classification_losses", "is_right", "label_losses"]
 
 
 def candidate_log_likelihoods(logits: Tensor, batch: Mapping[str, Tensor], *, length_normalised: bool = True) -> Tensor:
@@ -67,6 +67,19 @@ def by_example(values: Tensor, batch: Mapping[str, Tensor], fill: float = -torch
     table = values.new_full((batch["label"].numel(), int(batch["candidate_index"].max()) + 1), fill)
     table[batch["candidate_example"], batch["candidate_index"]] = values
     return table
+
+
+def is_right(prediction: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Whether the chosen candidate of each example is right, any of them where several are.
+
+    Args:
+        prediction: Shape (B,), the number of the chosen candidate.
+        batch: The scoring plan; ``candidate_gold`` besides what :func:`by_example` takes.
+
+    Returns:
+        Shape (B,), int64, 0 or 1.
+    """
+    return by_example(batch["candidate_gold"], batch, fill=0).gather(1, prediction[:, None]).squeeze(1)
 
 
 def classification_losses(scores: Tensor, label: Tensor) -> Tensor:
