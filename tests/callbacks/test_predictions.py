@@ -1,6 +1,7 @@
 """Predictions as a file of rows, in tests and predictions, alone and through the command line."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,17 @@ def test_rows_in_the_order_of_their_index(verb, tmp_path):
 def test_other_predictions_are_left_alone(verb, kind, tmp_path):
     getattr(trainer(tmp_path, callbacks=[PredictionWriter()]), verb)(kind(), DataLoader([3, 1], batch_size=2))
     assert not (tmp_path / "predictions.jsonl").exists()
+
+
+def test_scores_that_are_no_numbers_are_null(tmp_path):
+    """JSON has no NaN: what Python writes for it other readers refuse."""
+
+    class Broken(Quadratic):
+        def predict_step(self, batch, batch_idx):
+            return [{"index": int(i), "scores": [0.5, math.nan, -math.inf], "more": {"loss": math.inf}} for i in batch]
+
+    trainer(tmp_path, callbacks=[PredictionWriter()]).predict(Broken(), DataLoader([0], batch_size=1))
+    assert read(tmp_path) == [{"index": 0, "scores": [0.5, None, None], "more": {"loss": None}}]
 
 
 def test_several_dataloaders(tmp_path):

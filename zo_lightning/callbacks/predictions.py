@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class PredictionWriter(Callback):
     With a :class:`~zo_lightning.data.PromptDataModule` a line also has the ``prompt`` that the model was given, in whole even
     if it had to be cut; the ``candidates``; the ``prediction_text``; the ``class_name`` of the prediction; what is right, as
     ``label`` and ``gold`` (the first right candidate, and all) or as ``answers``; and whether the prediction is ``correct``.
-    What else a row has is written as it is. Lines are in the order of ``index``, each written once.
+    What else a row has is written as it is, but for numbers that JSON does not know (NaN and infinite scores), which are
+    ``null``. Lines are in the order of ``index``, each written once.
 
     Modules that return anything else are left alone.
     """
@@ -99,7 +101,7 @@ class PredictionWriter(Callback):
             ordered = [_completed(row, dataset.by_index(row["index"]), names) for row in ordered]
         path = folder / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(row, ensure_ascii=False) for row in ordered)
+        lines = (json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) for row in ordered)
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         rank_zero_info(f"{len(ordered)} predictions in {path}")
 
@@ -120,3 +122,12 @@ def _completed(row: Row, example: Example, class_names: list[str] | None) -> Row
             told["class_name"] = class_names[prediction]
         told |= {"label": example["label"], "gold": example["gold"], "correct": prediction in example["gold"]}
     return told | row
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that are NaN or infinite."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

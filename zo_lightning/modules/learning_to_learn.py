@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from zo_lightning.data import MultiTaskDataModule
 from zo_lightning.modules.classification import CausalLMClassificationModule
 from zo_lightning.modules.errors import CheckpointError
 from zo_lightning.modules.restarts import Restarts
@@ -217,7 +218,10 @@ class FineTunerTraining(CausalLMClassificationModule):
         """How far the model's own fine-tune has come; with several tasks the loss of each."""
         if isinstance(self.trainer.val_dataloaders, list) and len(self.trainer.val_dataloaders) > 1:
             losses = self.loss(batch)
-            self.log("val/loss", losses.mean(), batch_size=losses.numel())
+            data = getattr(self.trainer, "datamodule", None)
+            names = list(data.members) if isinstance(data, MultiTaskDataModule) else []
+            name = names[dataloader_idx] if names else f"dataloader_idx_{dataloader_idx}"
+            self.log(f"val/loss/{name}", losses.mean(), batch_size=losses.numel(), add_dataloader_idx=False)
         else:
             super().validation_step(batch, batch_idx)
 

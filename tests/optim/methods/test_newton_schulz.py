@@ -77,6 +77,17 @@ def test_the_gram_matrix_is_the_same_in_pieces(monkeypatch):
     torch.testing.assert_close(newton_schulz(g), whole, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 10])
+def test_the_eigenvalues_of_a_gram_matrix_give_what_its_products_do(monkeypatch, iterations):
+    g = normal(12, 100, seed=1)
+    by_products = newton_schulz(g, iterations)
+    monkeypatch.setattr("zo_lightning.optim.updates.muon._EIGEN", 1)
+    torch.testing.assert_close(newton_schulz(g, iterations), by_products, rtol=0, atol=1e-12)
+    torch.testing.assert_close(newton_schulz(g.T, iterations), by_products.T, rtol=0, atol=1e-12)
+    assert newton_schulz(torch.full((3, 20), torch.nan), iterations).isnan().all()  # which no decomposition takes
+    assert torch.equal(newton_schulz(torch.zeros(3, 20), iterations), torch.zeros(3, 20))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_worked_on_in_float32(dtype):
     """In float16 the norm of these is infinite, and the released code's step zero."""
