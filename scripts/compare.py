@@ -8,7 +8,7 @@ as many steps as the budget of forwards is enough for.
 
 Stage one runs all methods on the first task with the first seed. Stage two takes the untuned method and the best three peers
 by dev loss to all tasks and seeds with a larger budget: the best rate of stage one and its two neighbours with the first seed,
-then the one of them that is best on dev with the other seeds.
+then the one of them that is best on dev with the other seeds (``--neighbours 0``: only the best rate, three runs and not five).
 
 The same command goes on where it was stopped: a run whose row is in ``runs.csv`` is not run again. ``curves.csv``, ``table.md``
 and plots come with it. Options after ``--`` are handed to each run, as in ``-- --data.batch_size 8``.
@@ -184,6 +184,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, Settings]:
     add("--rates", nargs="+", action="extend", default=[], metavar="METHOD=1e-5,3e-5", help="other grids")
     add("--stage", choices=[*STAGES, "both"], default="both", help="which stages")
     add("--extend", choices=["none", *STAGES, "both"], default="one", help="stages with up to two rates beyond a grid's edge")
+    add("--neighbours", type=int, default=1, help="rates on each side of stage one's best that stage two tries")
     add("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     add("--accelerator", choices=["cpu", "gpu"], default="cpu", help="of the Trainer")
     add("--precision", default="32-true", help="of the Trainer")
@@ -201,6 +202,8 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, Settings]:
             parser.error(f"--rates {given}: expected METHOD=RATE,RATE as in zo_sgd=1e-5,3e-5")
     if len(args.budget) > 2 or min(args.budget) < 1 or args.jobs < 1:
         parser.error("--budget takes one positive number or two, --jobs a positive one")
+    if args.neighbours < 0:
+        parser.error("--neighbours takes 0 or a positive number")
     for folder in (args.model, *(args.data / task for task in args.tasks)):
         if not folder.is_dir():
             parser.error(f"there is no folder {folder}")
@@ -212,7 +215,8 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, Settings]:
             parser.error(f"{args.out} has rows of {row.model} in {row.precision}; give another --out")
     named = {"none": (), "both": STAGES, "one": ("one",), "two": ("two",)}
     budgets = (args.budget[0], args.budget[-1])
-    settings = Settings(args.methods, args.tasks, args.seeds, budgets, grids, named[args.stage], named[args.extend])
+    stages, extend = named[args.stage], named[args.extend]
+    settings = Settings(args.methods, args.tasks, args.seeds, budgets, grids, stages, extend, args.neighbours)
     if args.stage == "two" and not best_peers(settings, read_rows(args.out / "runs.csv")):
         parser.error(f"stage two takes its peers from stage one, of which {args.out / 'runs.csv'} has no rows")
     return args, settings

@@ -42,7 +42,11 @@ GRIDS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for; ``budgets`` and ``stages`` are those of stage one and two, ``extend`` the stages with extensions."""
+    """What is asked for.
+
+    ``budgets`` and ``stages`` are those of stage one and two, ``extend`` the stages with extensions, and ``neighbours`` counts
+    the rates on each side of stage one's best that stage two tries too.
+    """
 
     methods: Sequence[str]
     tasks: Sequence[str]
@@ -51,6 +55,7 @@ class Settings:
     grids: dict[str, tuple[float, ...]] | None = None
     stages: Collection[str] = ("one", "two")
     extend: Collection[str] = ("one",)
+    neighbours: int = 1
 
     def grid(self, method: str) -> tuple[float, ...]:
         """The rates of a method, empty for one with nothing to tune."""
@@ -86,7 +91,7 @@ def plan(settings: Settings, rows: Sequence[Row]) -> Plan:
                 now += [Run("two", task, UNTUNED, None, seed, two) for seed in settings.seeds]
             for method, best in found.items():
                 cell = ("two", task, method, two)
-                grid = (half_decade(best, -1), best, half_decade(best, +1))
+                grid = around(best, settings.neighbours)
                 runs = grid_runs(cell, grid, settings.seeds[0], rows, "two" in settings.extend)
                 known = not _missing(runs, rows)
                 rate = choose(of(rows, task, method, two)) if known else None
@@ -97,7 +102,7 @@ def plan(settings: Settings, rows: Sequence[Row]) -> Plan:
                 elif math.isfinite(mean_dev_losses(of(rows, task, method, two))[rate]):
                     now += rest
             for index in range(unknown):
-                seeds = [settings.seeds[0]] * 3 + list(settings.seeds[1:])
+                seeds = [settings.seeds[0]] * (1 + 2 * settings.neighbours) + list(settings.seeds[1:])
                 later += [Run("two", task, f"best peer {index + 1}", None, seed, two) for seed in seeds]
     return Plan(_missing(now, rows), later)
 
@@ -144,6 +149,15 @@ def _missing(runs: Iterable[Run], rows: Sequence[Row]) -> list[Run]:
     done = {row.key for row in rows}
     unique = {run.key: run for run in runs if run.key not in done}
     return list(unique.values())
+
+
+def around(rate: float, count: int) -> tuple[float, ...]:
+    """A rate with ``count`` half-decades on each side of it."""
+    below, above = [rate], [rate]
+    for _ in range(count):
+        below.append(half_decade(below[-1], -1))
+        above.append(half_decade(above[-1], +1))
+    return (*reversed(below[1:]), *above)
 
 
 def half_decade(rate: float, side: int) -> float:

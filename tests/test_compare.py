@@ -132,6 +132,17 @@ def test_stage_two_chooses_with_the_first_seed_and_repeats_with_the_others():
     assert {row.budget for row in two} == {8000}
 
 
+@pytest.mark.parametrize(("neighbours", "tried"), [(0, [3e-5]), (2, [3e-6, 1e-5, 3e-5, 1e-4, 3e-4])])
+def test_stage_two_tries_as_many_rates_as_asked(neighbours, tried):
+    asked = settings(neighbours=neighbours)
+    assert len(plan(asked, []).later) == 2 * 2 * (len(tried) + 2)
+    rows = finish(asked, nearest({"a": 3e-5, "b": 3e-3, "first_order": 3e-4}))
+    for task in ("sst2", "rte"):
+        peer = [row for row in rows if row.stage == "two" and row.task == task and row.method == "a"]
+        assert sorted(row.rate for row in peer if row.seed == 0) == tried
+        assert [row.rate for row in peer if row.seed] == [3e-5, 3e-5]
+
+
 def test_stage_two_takes_the_best_three_that_did_not_diverge():
     names = ["adanaged", "p", "q", "r", "s", "first_order"]
     asked = Settings(names, ["sst2"], grids=dict.fromkeys(names[1:], (1e-3,)), stages=("one",), extend=())
@@ -363,6 +374,7 @@ def test_a_process_that_dies_is_an_error_of_its_run(tmp_path):
         (["--tasks", "rte"], "there is no folder"),
         (["--stage", "two"], "takes its peers from stage one"),
         (["--budget", "0"], "positive"),
+        (["--neighbours", "-1"], "positive"),
     ],
 )
 def test_mistakes_are_refused_early(changed, message, words, capsys):
