@@ -6,10 +6,12 @@ import torch
 from lightning.pytorch import seed_everything
 from safetensors.torch import load_file
 from torch import nn
+from transformers import BloomConfig
 
 from tests.modules.test_classification import loader, trainer
 from tests.tiny import CANDIDATES, PROMPTS, plan, save_tiny_model, tiny_config
 from zo_lightning.callbacks import AdaNAGED
+from zo_lightning.data import PromptDataModule
 from zo_lightning.modules import CausalLMClassificationModule, ModelError, language_model
 from zo_lightning.modules.pretrained import is_immovable, load_causal_lm
 from zo_lightning.optim import ZerothOrder
@@ -54,6 +56,27 @@ def mean_loss(module, batch) -> float:
 
 def adapter(module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+# ---- what fits into the model ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("peft", "limit"), [(None, 64), (LORA, 64), (PROMPT, 61), (PREFIX, 61)])
+def test_prompts_leave_room_for_virtual_tokens(peft, limit, tiny_opt, films, tmp_path):
+    """The tiny OPT has 64 positions, of which its tokenizer knows nothing."""
+    task = {"name": "long", "template": " ".join(["{sentence}"] * 20) + " It was", "verbalizers": [" bad", " good"]}
+    data = PromptDataModule(task, data_dir=str(films), batch_size=4, num_train=8, num_dev=4, pin_memory=False)
+    module = CausalLMClassificationModule(str(tiny_opt), num_classes=2, peft=peft)
+    assert module.longest_input == limit
+    run = trainer(tmp_path, max_steps=2, callbacks=[AdaNAGED()])
+    run.fit(module, data)
+    assert module.longest_input == limit
+    lengths = [len(item["prompt_ids"]) + max(map(len, item["candidate_ids"])) for item in data.dataset("train").examples]
+    assert max(lengths) == limit
+    assert data.tokenizer_in_use.model_max_length > 64
+
+
+def test_a_model_without_positions_has_no_limit(tmp_path):
+    BloomConfig(hidden_size=16, n_layer=2, n_head=2).save_pretrained(tmp_path)
+    assert CausalLMClassificationModule(str(tmp_path), num_classes=2).longest_input is None
 
 
 # ---- what the adapter computes ---------------------------------------------------------------------------------------------

@@ -58,7 +58,8 @@ class PromptDataModule(LightningDataModule):
             the place of ``num_train`` and ``num_dev``.
         num_eval: The number of evaluation rows. One that exceeds the split stands for all.
         max_length: The number of tokens of a prompt with its longest candidate, and with what the model may write, capped by
-            the tokenizer's own limit; longer prompts lose their beginning, in a chat the beginning of the user's turn.
+            the limits of the tokenizer and of the model; longer prompts lose their beginning, in a chat the beginning of the
+            user's turn.
         num_demonstrations: For in-context learning, the number of training rows that are shown with their answers in front of
             every prompt, the same for all; a training prompt never shows its own row. As many whole ones as fit into
             ``max_length`` are kept, the first ones; the counts are logged.
@@ -343,12 +344,17 @@ class PromptDataModule(LightningDataModule):
             source,
             rows,
             self._resolved_tokenizer(),
-            self.max_length,
+            self._length_limit(),
             calibrated,
             prompting=self.prompting,
             demonstrations=shown,
             cache=TokenCache(self.cache_dir) if self.cache else None,
         )
+
+    def _length_limit(self) -> int:
+        """``max_length``, capped by the model's number of positions: beyond them a lookup fails, on a GPU without a message."""
+        longest = getattr(getattr(self.trainer, "lightning_module", None), "longest_input", None)
+        return self.max_length if longest is None else min(self.max_length, longest)
 
     @property
     def _model_name(self) -> str | None:

@@ -166,6 +166,21 @@ class LanguageModelModule(ZOModule):
         assert self.model is not None, "configure_model has not run"
         return self.model.get_base_model() if self.peft is not None else self.model
 
+    @property
+    def longest_input(self) -> int | None:
+        """The number of tokens that the model has positions for beside an adapter's virtual ones; None without a limit.
+
+        Raises:
+            ModelError: If the model's configuration cannot be loaded.
+        """
+        if self.model is None:
+            config = load_config(self.model_name_or_path, trust_remote_code=self.trust_remote_code)
+        else:
+            config = self.base.config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        virtual = int((self.peft or {}).get("num_virtual_tokens") or 0)
+        return None if limit is None else int(limit) - virtual
+
     def on_train_start(self) -> None:
         """Switch dropout off, unless it is wanted. Only now: Lightning warns of modules in eval mode at its own start."""
         if self.model is not None and not self.dropout:
