@@ -70,12 +70,11 @@ class Forecast(Callback):
             seconds, peak = _measure(pl_module, batch, optimizer)
         count = sum(p.numel() for p in pl_module.parameters())
         weights = sum(p.numel() * p.element_size() for p in pl_module.parameters())
-        seconds *= 1 + _curvature_share(optimizer)
+        seconds *= (1 + _curvature_share(optimizer)) * batches_per_step(trainer)
         rank_zero_info(
-            f"{count / 1e6:.1f} M parameters in {_size(weights)}, peak memory {_size(peak)}; "
-            f"{self._times(trainer, seconds * batches_per_step(trainer))}"
+            f"{count / 1e6:.1f} M parameters in {_size(weights)}, peak memory {_size(peak)}; {self._times(trainer, seconds)}"
         )
-        self._said_seconds, self._batches, self._starts = seconds * batches_per_step(trainer), 0, []
+        self._said_seconds, self._batches, self._starts = seconds, 0, []
 
     def _time(self, trainer: Trainer) -> None:
         """Time the first steps, and say so if they take longer than their forwards alone."""

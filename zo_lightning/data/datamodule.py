@@ -259,7 +259,7 @@ class PromptDataModule(LightningDataModule):
         They hold the candidate to train on alone where the module says that its loss reads no other (``reads_gold_only``).
         """
         dataset = self.dataset("train")
-        if getattr(getattr(self.trainer, "lightning_module", None), "reads_gold_only", False):
+        if getattr(self._module, "reads_gold_only", False):
             dataset = dataset.gold_only()
         # For overfit_batches Lightning turns shuffling off, but not that of a batch sampler of our own.
         overfit = getattr(self.trainer, "overfit_batches", 0)
@@ -310,7 +310,7 @@ class PromptDataModule(LightningDataModule):
     def _packs(self) -> bool:
         if self.packing is False:
             return False
-        module: Any = getattr(self.trainer, "lightning_module", None)
+        module = self._module
         if self.packing:
             if not hasattr(module, "check_packing"):
                 raise DataError(
@@ -353,12 +353,17 @@ class PromptDataModule(LightningDataModule):
 
     def _length_limit(self) -> int:
         """``max_length``, capped by the model's number of positions: beyond them a lookup fails, on a GPU without a message."""
-        longest = getattr(getattr(self.trainer, "lightning_module", None), "longest_input", None)
+        longest = getattr(self._module, "longest_input", None)
         return self.max_length if longest is None else min(self.max_length, longest)
 
     @property
+    def _module(self) -> Any:
+        """The module that is fed; None without a Trainer."""
+        return getattr(self.trainer, "lightning_module", None)
+
+    @property
     def _model_name(self) -> str | None:
-        name = getattr(getattr(self.trainer, "lightning_module", None), "model_name_or_path", None)
+        name = getattr(self._module, "model_name_or_path", None)
         return None if name is None else str(name)
 
     def _resolved_tokenizer(self) -> PreTrainedTokenizerBase:
